@@ -1,0 +1,446 @@
+"""`icl`: the commands of the evaluator."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from icl_compiler.command_line import (
+    column_options,
+    engine_options,
+    json_option,
+    model_option,
+    print_json,
+    progress_bar,
+    say,
+    seed_option,
+)
+
+if TYPE_CHECKING:
+    from evaluation.evaluate import Answers, Evaluation, ProgressFor
+    from evaluation.reference.loop import Report
+    from evaluation.reference.trainer import Reference
+    from icl_compiler.backends.backend import Backend
+    from icl_compiler.data import Dataset
+    from icl_compiler.program import Program
+
+REPORT_TITLE = "Prompt or fine-tune?"
+
+
+@click.command()
+@click.argument("data")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the reference.")
+@model_option
+@click.option("--template", metavar="NAME", help="Name in prompts/ or path of a Jinja file; without shots.")
+@click.option("--examples", type=click.IntRange(min=2), help="Rows of DATA to use, label-balanced.  [default: all]")
+@click.option("--epochs", default=4, show_default=True, type=click.IntRange(min=1), help="Most passes over the data.")
+@click.option(
+    "--learning-rate", default=2e-4, show_default=True, type=click.FloatRange(min=0, min_open=True), help="Of AdamW."
+)
+@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(min=1), help="Examples a step.")
+@click.option(
+    "--first-layer",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Train from this layer on; 0 is the whole model. What lies below is computed once, which is faster.",
+)
+@click.option(
+    "--held-out",
+    default=0.1,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Share of the rows to stop early on, at most 200 rows.",
+)
+@column_options
+@seed_option
+@json_option
+def finetune(
+    data: str,
+    output: Path,
+    model: str,
+    template: str | None,
+    examples: int | None,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    first_layer: int,
+    held_out: float,
+    text_column: str | None,
+    label_column: str | None,
+    target_column: str | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Fine-tune the base model on DATA: the reference that a program is compared with.
+
+    All weights are trained (or those from --first-layer on), with early stopping on held-out rows. The folder is an ordinary
+    checkpoint, which transformers and vLLM load. Train a second one with another --seed to measure the floor.
+    """
+    from evaluation.reference.loop import LoopSettings
+    from evaluation.reference.trainer import finetune as train_reference
+    from icl_compiler.data import load_dataset
+
+    dataset = load_dataset(data, text_column=text_column, label_column=label_column, target_column=target_column)
+    for warning in dataset.warnings:
+        say(f"Warning: {warning}")
+    if examples is not None:
+        dataset = dataset.subset(examples, seed=0)
+    settings = LoopSettings(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
+    with _training_bar(f"fine-tuning {model}") as report:
+        reference = train_reference(
+            dataset,
+            output,
+            model=model,
+            template=template,
+            first_layer=first_layer,
+            held_out=held_out,
+            settings=settings,
+            report=report,
+        )
+    best = min(reference.curve, key=lambda check: check.held_out_loss)
+    if as_json:
+        print_json(
+            {
+                "reference": str(output),
+                "method": reference.method,
+                "examples": reference.examples,
+                "seed": seed,
+                "held_out_loss": best.held_out_loss,
+                "best_step": best.step,
+                "seconds": reference.curve[-1].seconds,
+                "curve": [check._asdict() for check in reference.curve],
+            }
+        )
+        return
+    click.echo(
+        f"{output}: {reference.description}; held-out loss {best.held_out_loss:.3f} nats at step {best.step}, "
+        f"{reference.curve[-1].seconds:.0f} s"
+    )
+
+
+@click.command()
+@click.argument("program", type=click.Path(path_type=Path))
+@click.option(
+    "--reference",
+    "references",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    required=True,
+    help="Folder of the fine-tuned reference. Give a second one, trained with another seed, to measure the floor.",
+)
+@click.option("--data", required=True, metavar="DATA", help="Labelled test data: any source `icl compile` reads.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the report, one HTML file.")
+@click.option("--rows", type=click.Path(path_type=Path), help="Append the results to this file, one JSON object a line.")
+@click.option("--queries", type=click.IntRange(min=1), help="Test rows to ask, drawn at random.  [default: all]")
+@click.option(
+    "--examples",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Also measure with a pool of only this many rows; may be given several times.",
+)
+@click.option(
+    "--level",
+    default=0.95,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Coverage of the intervals.",
+)
+@click.option("--baselines/--no-baselines", default=True, show_default=True, help="Measure the baselines too.")
+@engine_options
+@column_options
+@seed_option
+@json_option
+def evaluate(
+    program: Path,
+    references: tuple[Path, ...],
+    data: str,
+    output: Path | None,
+    rows: Path | None,
+    queries: int | None,
+    examples: tuple[int, ...],
+    level: float,
+    baselines: bool,
+    backend: str,
+    dtype: str,
+    text_column: str | None,
+    label_column: str | None,
+    target_column: str | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Measure the gap: the total variation between PROGRAM and its fine-tuned reference, with an interval.
+
+    Beside it stand the baselines: zero shots, random shots, the vote of the neighbours without a language model, the floor
+    (two references, two seeds) and the noise of scoring the same program twice.
+    """
+    from evaluation.evaluate import BASELINES, ask_references
+    from evaluation.reference.trainer import load_reference
+    from icl_compiler.artifact import load_program
+    from icl_compiler.data import load_dataset
+    from icl_compiler.predictor import open_backend
+
+    if output is not None and not output.parent.is_dir():
+        raise click.UsageError(f"the folder of the report, {output.parent}, does not exist")
+    loaded = load_program(program)
+    described = [load_reference(folder) for folder in references]
+    dataset = load_dataset(data, text_column=text_column, label_column=label_column, target_column=target_column)
+    warnings = list(dataset.warnings)
+    dataset = draw(dataset, queries, seed=seed)
+    sizes = pool_sizes(loaded, examples)
+    with _bars() as progress:
+        answers = ask_references(described, dataset, dtype=dtype, progress=progress)
+        engine = open_backend(backend, loaded.settings.model, dtype=dtype)
+        results = measure_sizes(
+            loaded,
+            engine,
+            answers,
+            dataset,
+            sizes,
+            dataset_name=_dataset_name(data),
+            level=level,
+            series=BASELINES if baselines else (),
+            progress=progress,
+        )
+    warnings += [warning for result in results for warning in result.warnings]
+    if len(references) == 1 and baselines:
+        warnings.append("the floor was not measured: give a second --reference, trained with another --seed")
+    command = click.get_current_context().command_path
+    arguments = _arguments(program, references, data, queries, examples, seed)
+    finish(results, output, rows, warnings, [f"{command} {arguments}"], as_json=as_json)
+
+
+@click.command()
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder to write."
+)
+@click.option("--queries", default=100, show_default=True, type=click.IntRange(min=2), help="Test messages to ask.")
+@click.option(
+    "--train",
+    "n_train",
+    default=480,
+    show_default=True,
+    type=click.IntRange(min=64),
+    help="Messages that the references are fine-tuned on, and the most that the program gets.",
+)
+@seed_option
+def demo(output: Path, queries: int, n_train: int, seed: int) -> None:
+    """See the whole idea on the embedded models: about 8 minutes on 2 cores, without a network.
+
+    Customer messages, made by code, are compiled into prompts for a frozen SmolLM2-135M; the same model is fine-tuned on them,
+    twice; the gap between the two is measured for several numbers of examples. Started again, it keeps what is trained.
+    """
+    from evaluation.evaluate import BASELINES, ask_references
+    from icl_compiler.artifact import save_program
+    from icl_compiler.compile import compile_program
+    from icl_compiler.data import load_dataset
+    from icl_compiler.messages import train_test, write_jsonl
+    from icl_compiler.predictor import open_backend
+
+    started = time.perf_counter()
+    train, test = train_test(n_train, queries, seed=seed)
+    output.mkdir(parents=True, exist_ok=True)
+    write_jsonl(train, output / "train.jsonl")
+    write_jsonl(test, output / "test.jsonl")
+    pool, asked = load_dataset(output / "train.jsonl"), load_dataset(output / "test.jsonl")
+    say(f"1/4  {n_train} customer messages in 16 intents to learn from, {len(asked)} to ask: {output}/*.jsonl")
+    program = compile_program(pool, shots=8, budget=768, seed=seed)
+    save_program(program, output / "program")
+    say(f"2/4  compiled into a program for the frozen {program.settings.model}: {output}/program")
+    say("3/4  fine-tuning the same model on the same messages, with two seeds (about 2 minutes each)")
+    references = [_demo_reference(pool, output / f"reference-{seed + i}", seed + i) for i in range(2)]
+    say("4/4  measuring the gap between the two (about 3 minutes)")
+    with _bars() as progress:
+        answers = ask_references(references, asked, progress=progress)
+        engine = open_backend("transformers", program.settings.model)
+        sizes = [n for n in (32, 128) if n < len(pool)] + [len(pool)]
+        results = measure_sizes(
+            program,
+            engine,
+            answers,
+            asked,
+            sizes,
+            dataset_name="customer messages",
+            level=0.95,
+            series=BASELINES,
+            progress=progress,
+        )
+    rows = output / "rows.jsonl"
+    rows.unlink(missing_ok=True)
+    finish(results, output / "report.html", rows, [], [f"icl demo --queries {queries} --train {n_train} --seed {seed}"])
+    say(f"\nDone in {(time.perf_counter() - started) / 60:.1f} minutes. Open {output}/report.html in a browser.")
+
+
+def measure_sizes(
+    program: "Program",
+    engine: "Backend",
+    answers: "Answers",
+    data: "Dataset",
+    sizes: Sequence[int],
+    *,
+    dataset_name: str,
+    level: float,
+    series: Sequence[str],
+    progress: "ProgressFor",
+) -> "list[Evaluation]":
+    """Evaluate the program with pools of several sizes; all baselines with the largest, the vote with every one."""
+    from evaluation.evaluate import evaluate as evaluate_program
+    from icl_compiler.compile import with_pool
+
+    results = []
+    for size in sizes:
+        largest = size == max(sizes)
+        cut = program
+        if size < len(program.pool.data):
+            cut = with_pool(program, program.pool.data.subset(size, seed=program.settings.seed))
+        results.append(
+            evaluate_program(
+                cut,
+                engine,
+                answers,
+                data,
+                dataset_name=dataset_name,
+                level=level,
+                series=series if largest else [name for name in series if name == "neighbours' vote"],
+                progress=progress,
+            )
+        )
+    return results
+
+
+def finish(
+    results: "Sequence[Evaluation]",
+    output: Path | None,
+    rows_file: Path | None,
+    warnings: Sequence[str],
+    commands: Sequence[str],
+    *,
+    as_json: bool = False,
+) -> None:
+    """Print the results, append the rows, write the report."""
+    from evaluation.report import write_report
+    from evaluation.sentences import verdict_sentence
+    from evaluation.summary import summary_lines
+
+    rows = [row for result in results for row in result.rows]
+    if rows_file is not None:
+        with rows_file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if output is not None:
+        worst = results[-1].worst
+        write_report(output, rows, worst=worst, commands=commands, warnings=warnings, title=REPORT_TITLE)
+    for warning in warnings:
+        say(f"Warning: {warning}")
+    if as_json:
+        print_json({"rows": rows, "verdict": verdict_sentence(rows), "warnings": list(warnings)})
+        return
+    for line in [*summary_lines(rows), "", *verdict_sentence(rows)]:
+        click.echo(line)
+    if output is not None:
+        click.echo(f"\nReport: {output}")
+
+
+def draw(data: "Dataset", queries: int | None, *, seed: int) -> "Dataset":
+    """`queries` rows drawn uniformly without replacement, in file order; the intervals are about such a draw.
+
+    Raises:
+        DataError: if there are fewer rows.
+    """
+    import numpy as np
+
+    from icl_compiler.errors import DataError
+
+    if queries is None:
+        return data
+    if queries > len(data):
+        raise DataError(f"--queries {queries} exceeds the {len(data)} rows of the test data")
+    rows = np.random.default_rng(seed).choice(len(data), size=queries, replace=False)
+    return data.take(sorted(rows.tolist()))
+
+
+def pool_sizes(program: "Program", examples: Sequence[int]) -> list[int]:
+    """The pool sizes to measure, ascending, the program's own last.
+
+    Raises:
+        DataError: if one is larger than the program's pool.
+    """
+    from icl_compiler.errors import DataError
+
+    largest = len(program.pool.data)
+    if examples and max(examples) > largest:
+        raise DataError(f"--examples {max(examples)} exceeds the {largest} rows of the program's pool")
+    return sorted({*examples, largest})
+
+
+def _demo_reference(pool: "Dataset", folder: Path, seed: int) -> "Reference":
+    from evaluation.reference.loop import LoopSettings
+    from evaluation.reference.trainer import finetune as train_reference
+    from evaluation.reference.trainer import load_reference
+    from icl_compiler.errors import ArtifactError
+
+    if folder.exists():
+        try:
+            kept = load_reference(folder)
+            if kept.data_hash == pool.content_hash and kept.seed == seed:
+                say(f"     {folder} is trained on the same messages already")
+                return kept
+        except ArtifactError:
+            say(f"     {folder} is damaged and is trained again")
+    settings = LoopSettings(epochs=4, learning_rate=3e-4, seed=seed)
+    with _training_bar(f"seed {seed}") as report:
+        reference = train_reference(pool, folder, first_layer=20, settings=settings, report=report)
+    best = min(check.held_out_loss for check in reference.curve)
+    say(f"     {folder}: {reference.method}, held-out loss {best:.3f}, {reference.curve[-1].seconds:.0f} s")
+    return reference
+
+
+@contextmanager
+def _training_bar(description: str) -> "Iterator[Report]":
+    from tqdm import tqdm
+
+    with tqdm(desc=description, unit="step", delay=2, leave=False, dynamic_ncols=True) as bar:
+
+        def report(step: int, steps: int, loss: float, held_out: float | None) -> None:
+            bar.total = steps
+            if held_out is not None:
+                bar.set_postfix_str(f"loss {loss:.2f}, held-out {held_out:.3f}", refresh=False)
+            bar.update(step - bar.n)
+
+        yield report
+
+
+@contextmanager
+def _bars() -> "Iterator[ProgressFor]":
+    """One bar per series; the last one is closed when the next one begins."""
+    with ExitStack() as stack:
+
+        def begin(name: str, total: int) -> Any:
+            stack.close()
+            return stack.enter_context(progress_bar(name, total, "text"))
+
+        yield begin
+
+
+def _dataset_name(source: str) -> str:
+    path = Path(source)
+    if path.stem in {"test", "dev", "valid", "validation", "train", "eval"} and path.resolve().parent.name:
+        return path.resolve().parent.name
+    return path.stem or source
+
+
+def _arguments(
+    program: Path, references: Sequence[Path], data: str, queries: int | None, examples: Sequence[int], seed: int
+) -> str:
+    import shlex
+
+    parts = [str(program)]
+    parts += [part for folder in references for part in ("--reference", str(folder))]
+    parts += ["--data", data]
+    parts += ["--queries", str(queries)] if queries is not None else []
+    parts += [part for n in examples for part in ("--examples", str(n))]
+    parts += ["--seed", str(seed)]
+    return shlex.join(parts)

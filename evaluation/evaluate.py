@@ -1,0 +1,283 @@
+"""One evaluation: a program against its reference, with the baselines without which a gap says nothing.
+
+- The reference is asked once; every series is compared with the same answers.
+- The floor is a second reference, trained with another seed; the scoring noise is the program itself scored again on some of
+  the queries, in batches of another composition.
+- Results are rows (plain dictionaries, one per series); the report is made from them and nothing else.
+"""
+
+import platform
+import subprocess
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from evaluation.gap import Gap, calibration_error, gap, truth
+from evaluation.intervals import clopper_pearson
+from evaluation.neighbours import NeighboursVote
+from evaluation.reference.trainer import Reference, same_labels
+from icl_compiler.backends.backend import Backend, Progress
+from icl_compiler.compile import new_retriever, without_rows, zero_shot_program
+from icl_compiler.data import Dataset
+from icl_compiler.errors import EvaluationError
+from icl_compiler.predictor import Predictions, PromptedPredictor
+from icl_compiler.program import Program
+
+Row = dict[str, object]
+ProgressFor = Callable[[str, int], Progress | None]
+"""Gives the progress callback for a series with that many texts."""
+
+BASELINES = ("random shots", "zero shots", "neighbours' vote", "floor", "scoring noise")
+NOISE_QUERIES = 32
+
+
+class Evaluation(NamedTuple):
+    """Rows, the queries with the largest gap, and counted warnings."""
+
+    rows: list[Row]
+    worst: list[dict[str, object]]
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the references said about the queries: computed once, compared with every program."""
+
+    reference: Reference
+    first: Predictions
+    floors: tuple[tuple[Reference, Predictions], ...]
+
+
+def ask_references(
+    references: Sequence[Reference], data: Dataset, *, dtype: str = "auto", progress: ProgressFor | None = None
+) -> Answers:
+    """The answer laws of the references on the texts of `data`; the first is the one to approximate.
+
+    Raises:
+        EvaluationError: if their labels differ.
+    """
+    answers = []
+    for reference in references:
+        if difference := same_labels(references[0].labels, reference.labels):
+            raise EvaluationError(f"the references were trained on other labels than each other: {difference}")
+        name = f"reference, seed {reference.seed}"
+        report = progress(name, len(data)) if progress else None
+        answers.append(reference.predictor(dtype=dtype).predict(data.texts, progress=report))
+    return Answers(references[0], answers[0], tuple(zip(references[1:], answers[1:], strict=True)))
+
+
+def evaluate(
+    program: Program,
+    backend: Backend,
+    answers: Answers,
+    data: Dataset,
+    *,
+    dataset_name: str,
+    level: float = 0.95,
+    worst: int = 10,
+    series: Collection[str] = BASELINES,
+    progress: ProgressFor | None = None,
+) -> Evaluation:
+    """Measure `program` on `backend` against the references' answers to `data`.
+
+    Args:
+        series: what is measured beside the program, of `BASELINES`.
+
+    Raises:
+        EvaluationError: if the labels of program, references and data differ.
+    """
+    if difference := same_labels(program.labels, answers.reference.labels):
+        raise EvaluationError(
+            f"the program and the reference have other labels ({difference}, the first being the program); "
+            "compile and fine-tune on the same labels"
+        )
+    right = truth(program.labels, data.answers)
+    warnings = []
+    program, dropped = without_rows(program, data.texts)
+    if dropped:
+        warnings.append(
+            f"{dropped} rows of the pool stand in the test data too and were removed from the pool for this evaluation"
+        )
+
+    def ask(name: str, asked: PromptedPredictor | NeighboursVote, texts: Sequence[str]) -> Predictions:
+        return asked.predict(texts, progress=progress(name, len(texts)) if progress else None)
+
+    def row(series: str, said: Predictions, compared: Gap, **more: object) -> Row:
+        correct = _reorder(said, program.labels).argmax(axis=1) == right[: len(said.probabilities)]
+        return {
+            "series": series,
+            **_common(program, backend, answers, data, dataset_name, level),
+            **_gap_columns(compared, len(said.probabilities)),
+            **_answer_columns(said, correct, level),
+            "agreement": float(np.mean(_names(said) == _names(answers.first))),
+            **more,
+        }
+
+    reference_correct = _reorder(answers.first, program.labels).argmax(axis=1) == right
+    reference_accuracy = float(reference_correct.mean())
+    prompts = program.prompts(data.texts)
+    shots = float(np.mean([len(prompt.selection.rows) for prompt in prompts]))
+    said = ask("program", PromptedPredictor(program, backend), data.texts)
+    compared = gap(said, answers.first, level=level)
+    rows = [
+        row("program", said, compared, shots_per_query=shots, reference_accuracy=reference_accuracy)
+    ]
+    predictors: dict[str, Callable[[], PromptedPredictor | NeighboursVote]] = {
+        "random shots": lambda: PromptedPredictor(_with_random_shots(program), backend),
+        "zero shots": lambda: PromptedPredictor(_without_shots(program), backend),
+        "neighbours' vote": lambda: _vote(program),
+    }
+    for name in series:
+        if name in predictors:
+            other = ask(name, predictors[name](), data.texts)
+            rows.append(row(name, other, gap(other, answers.first, level=level)))
+    if "floor" in series:
+        for reference, second in answers.floors:
+            rows.append(
+                row("floor", second, gap(second, answers.first, level=level), reference_seed=reference.seed)
+            )
+    if "scoring noise" in series:
+        rows.append(_noise_row(rows[0], program, backend, said, data, level))
+    worst_queries = _worst(program, said, answers.first, compared, data, prompts, worst)
+    return Evaluation(rows, worst_queries, warnings)
+
+
+def _noise_row(
+    program_row: Row, program: Program, backend: Backend, said: Predictions, data: Dataset, level: float
+) -> Row:
+    """The program scored again, one query at a time, last query first: other batches, other rounding."""
+    count = min(NOISE_QUERIES, len(data))
+    predictor = PromptedPredictor(program, backend)
+    again = [predictor.predict([text]) for text in reversed(data.texts[:count])]
+    second = said._replace(probabilities=np.concatenate([one.probabilities for one in again])[::-1])
+    first = said._replace(probabilities=said.probabilities[:count])
+    compared = gap(first, second, level=level)
+    blank = dict.fromkeys(
+        ("accuracy", "accuracy_low", "accuracy_high", "ece", "agreement", "label_mass", "seconds_per_query"), None
+    )
+    return {**program_row, **blank, "series": "scoring noise", **_gap_columns(compared, count)}
+
+
+def _common(
+    program: Program, backend: Backend, answers: Answers, data: Dataset, dataset_name: str, level: float
+) -> Row:
+    return {
+        "dataset": dataset_name,
+        "n_examples": len(program.pool.data),
+        "max_prompt_tokens": program.settings.budget,
+        "retriever": program.settings.retriever,
+        "level": level,
+        "model": program.settings.model,
+        "reference": answers.reference.description,
+        "seed": program.settings.seed,
+        "data_sha256": data.content_hash,
+        "machine": f"{machine()}; {backend.device}",
+        "commit": commit(),
+        "version": version("icl-compiler"),
+    }
+
+
+def _gap_columns(compared: Gap, queries: int) -> Row:
+    low, high = compared.interval
+    return {"gap": compared.mean, "gap_low": low, "gap_high": high, "n_queries": queries}
+
+
+def _answer_columns(said: Predictions, correct: np.ndarray, level: float) -> Row:
+    count = len(correct)
+    low, high = clopper_pearson(int(correct.sum()), count, delta=1 - level)
+    return {
+        "accuracy": float(correct.mean()),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "ece": calibration_error(said.probabilities.max(axis=1), correct.astype(float)),
+        "label_mass": float(1 - said.other.mean()),
+        "prompt_tokens_per_query": float(said.prompt_tokens.mean()),
+        "computed_tokens_per_query": said.usage.computed_tokens / count,
+        "seconds_per_query": said.seconds / count,
+    }
+
+
+def _reorder(said: Predictions, labels: Sequence[str]) -> np.ndarray:
+    return said.probabilities[:, [said.labels.index(label) for label in labels]]
+
+
+def _names(said: Predictions) -> np.ndarray:
+    return np.array(said.labels)[said.best]
+
+
+def _with_random_shots(program: Program) -> Program:
+    index = new_retriever("uniform", encoder=program.settings.encoder, seed=program.settings.seed)
+    index.fit(program.pool.data.texts)
+    settings = replace(program.settings, retriever="uniform", order="best-first")
+    return replace(program, settings=settings, retriever=index)
+
+
+def _without_shots(program: Program) -> Program:
+    return zero_shot_program(program.labels, program.template.template, model=program.settings.model)
+
+
+def _vote(program: Program) -> NeighboursVote:
+    fitted = program.retriever if program.settings.retriever == "dense" else None
+    return NeighboursVote(program.pool.data, encoder=program.settings.encoder, retriever=fitted)
+
+
+def _worst(
+    program: Program,
+    said: Predictions,
+    reference: Predictions,
+    compared: Gap,
+    data: Dataset,
+    prompts: Sequence[object],
+    count: int,
+) -> list[dict[str, object]]:
+    rows = []
+    for i in np.argsort(-compared.per_query, kind="stable")[:count].tolist():
+        tokens = prompts[i].tokens  # type: ignore[attr-defined]  # Sequence[Prompt], read here only
+        rows.append(
+            {
+                "text": data.texts[i],
+                "label": data.answers[i],
+                "program_label": said.labels[said.best[i]],
+                "program_probability": float(said.probabilities[i].max()),
+                "reference_label": reference.labels[reference.best[i]],
+                "reference_probability": float(reference.probabilities[i].max()),
+                "tv": float(compared.per_query[i]),
+                "prompt": program.template.tokenizer.decode(tokens),
+            }
+        )
+    return rows
+
+
+@lru_cache(maxsize=1)
+def commit() -> str | None:
+    """The commit of this source tree, `+` behind it if files were changed; `None` outside a repository."""
+    here = Path(__file__).parent
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.strip() or None
+
+
+def machine() -> str:
+    """Processor, cores and system, in words."""
+    import os
+
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = names[0] if names else name
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {cores} cores{gpu}"

@@ -1,0 +1,81 @@
+"""The gap: total variation between two predictors' answer laws, its mean over queries, and an interval.
+
+The outcomes are the labels and "other" (all other continuations); the total variation over them is exact for each query, so that
+the only uncertainty is which queries were drawn. The mean over queries is the total variation of the joint law of
+query and answer; |accuracy difference| of sampled answers is at most the gap.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int64
+
+from evaluation.intervals import Interval, betting
+from evaluation.tv import tv_distance, with_other
+from icl_compiler.errors import EvaluationError
+from icl_compiler.predictor import Predictions
+
+
+class Gap(NamedTuple):
+    """Mean total variation over the queries, in [0, 1], with its interval."""
+
+    mean: float
+    interval: Interval
+    per_query: Float[np.ndarray, " queries"]
+
+
+def gap(first: Predictions, second: Predictions, *, level: float = 0.95) -> Gap:
+    """The gap between two predictors on the same texts; the interval holds for queries drawn i.i.d.
+
+    Raises:
+        EvaluationError: if the two speak of other labels, or of another number of texts.
+    """
+    if set(first.labels) != set(second.labels) or len(first.probabilities) != len(second.probabilities):
+        raise EvaluationError(
+            f"two predictors are compared on the same labels and texts; these have {len(first.labels)} and "
+            f"{len(second.labels)} labels, {len(first.probabilities)} and {len(second.probabilities)} texts"
+        )
+    order = [second.labels.index(label) for label in first.labels]
+    return gap_of_laws(with_other(first.probabilities), with_other(second.probabilities[:, order]), level=level)
+
+
+def gap_of_laws(
+    p: Float[np.ndarray, "queries outcomes"], q: Float[np.ndarray, "queries outcomes"], *, level: float = 0.95
+) -> Gap:
+    """The gap between two laws given row by row.
+
+    >>> round(gap_of_laws(np.array([[0.8, 0.2]]), np.array([[0.5, 0.5]])).mean, 6)
+    0.3
+    """
+    distances = tv_distance(p, q)
+    return Gap(float(distances.mean()), betting(distances, delta=1 - level), distances)
+
+
+def calibration_error(
+    confidences: Float[np.ndarray, " queries"], correct: Float[np.ndarray, " queries"], *, bins: int = 10
+) -> float:
+    """Expected calibration error with bins of equal width (Guo et al. 2017, eq. 3), in [0, 1].
+
+    >>> calibration_error(np.array([0.9, 0.9]), np.array([1.0, 0.0]))
+    0.4
+    """
+    cell = np.minimum((confidences * bins).astype(int), bins - 1)
+    total = np.bincount(cell, weights=confidences - correct, minlength=bins)
+    return float(np.abs(total).sum() / len(confidences))
+
+
+def truth(labels: tuple[str, ...], answers: tuple[str, ...]) -> Int64[np.ndarray, " queries"]:
+    """Position of each true label.
+
+    Raises:
+        EvaluationError: if a label of the test data is none of the program's.
+    """
+    unknown = sorted(set(answers) - set(labels))
+    if unknown:
+        shown = ", ".join(map(repr, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        raise EvaluationError(
+            f"the test data has {len(unknown)} labels that the program does not know ({shown}); "
+            "evaluate on the labels it was compiled for"
+        )
+    position = {label: i for i, label in enumerate(labels)}
+    return np.array([position[answer] for answer in answers], dtype=np.int64)

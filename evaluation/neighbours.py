@@ -1,0 +1,49 @@
+"""The vote of the neighbours: a predictor without a language model, the baseline every prompt has to beat.
+
+The law is the share of each label among the `k` rows of the pool nearest to the text, by cosine of sentence embeddings.
+"""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from icl_compiler.backends.backend import Progress, Usage
+from icl_compiler.compile import new_retriever
+from icl_compiler.data import Dataset, normalise_text
+from icl_compiler.predictor import Predictions
+from retrievers.retriever import Retriever
+
+
+class NeighboursVote:
+    """The labels of the nearest rows, counted; a row with the query's own text has no vote.
+
+    Args:
+        retriever: already fitted on `pool`, to spare the encoding; by default a dense one is made.
+    """
+
+    def __init__(self, pool: Dataset, *, encoder: str, k: int = 8, retriever: Retriever | None = None) -> None:
+        self.labels = pool.labels
+        self._k = min(k, len(pool))
+        self._texts = [normalise_text(text) for text in pool.texts]
+        position = {label: i for i, label in enumerate(self.labels)}
+        self._answers = np.array([position[answer] for answer in pool.answers], dtype=np.int64)
+        if retriever is None:
+            retriever = new_retriever("dense", encoder=encoder, seed=0)
+            retriever.fit(pool.texts)
+        self._retriever = retriever
+
+    def predict(self, texts: Sequence[str], *, progress: Progress | None = None) -> Predictions:
+        """The share of each label among the neighbours of each text."""
+        started = time.perf_counter()
+        hits = self._retriever.search(texts, self._k + 1)
+        laws = np.zeros((len(texts), len(self.labels)))
+        for i, text in enumerate(texts):
+            query = normalise_text(text)
+            voters = [row for row in hits.ids[i].tolist() if self._texts[row] != query][: self._k]
+            if voters:
+                laws[i] = np.bincount(self._answers[voters], minlength=len(self.labels)) / len(voters)
+        if progress is not None:
+            progress(len(texts))
+        nothing = np.zeros(len(texts), dtype=np.int64)
+        return Predictions(self.labels, laws, nothing, Usage(0, 0, 0), time.perf_counter() - started)

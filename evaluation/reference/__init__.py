@@ -1,0 +1,1 @@
+"""Fine-tuned references: how each is trained, saved, loaded, and read as a predictor."""

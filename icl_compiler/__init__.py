@@ -1,0 +1,1 @@
+"""The compiler: a labelled dataset and a frozen language model in, a program that writes prompts out."""

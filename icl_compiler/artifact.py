@@ -1,0 +1,197 @@
+"""A program on disk: a folder that reloads, in any process, to identical prompts.
+
+    manifest.json       format, settings, labels, tokenizer, and the SHA-256 of every other file
+    template.jinja      the template as it was
+    pool.jsonl          the demonstrations
+    shots.safetensors   their tokens
+    index/              the retriever's own files
+
+- A folder is written beside its place and renamed: it is there completely or not at all.
+- Nothing in it can run code: no pickle, a sandboxed template, and names of retrievers from our table only.
+- The same program gives the same bytes: no dates, no paths, no order of hashing.
+"""
+
+import json
+import shutil
+import tempfile
+from dataclasses import asdict
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icl_compiler.compile import load_tokenizer, new_retriever
+from icl_compiler.data import Dataset
+from icl_compiler.errors import ArtifactError
+from icl_compiler.program import Pool, Program, Settings
+from icl_compiler.templates import EncodedTemplate, Template
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+
+
+def save_program(program: Program, folder: Path) -> None:
+    """Write `program` as `folder`, in place of a program that is there.
+
+    Raises:
+        ArtifactError: if `folder` exists and is not a program, or cannot be written.
+    """
+    from safetensors.numpy import save_file
+
+    if folder.exists() and not is_artifact(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArtifactError(f"{folder} exists and is not a program; choose another name, or remove it yourself")
+    with new_folder(folder) as draft:
+        (draft / "template.jinja").write_text(program.template.template.source, encoding="utf-8")
+        data = program.pool.data
+        rows = zip(data.texts, data.answers, strict=True)
+        lines = [json.dumps({"text": text, "answer": answer}, ensure_ascii=False) for text, answer in rows]
+        (draft / "pool.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8", newline="\n")
+        arrays = {"tokens": program.pool.tokens, "offsets": program.pool.offsets}
+        save_file(arrays, draft / "shots.safetensors")
+        (draft / "index").mkdir()
+        program.retriever.save(draft / "index")
+        write_manifest(
+            draft,
+            {
+                "kind": "program",
+                "task": program.task,
+                "labels": list(program.labels),
+                "settings": asdict(program.settings),
+                "template": program.template.template.name,
+                "tokenizer": program.template.tokenizer.fingerprint,
+                "pool": {"rows": len(data), "sha256": data.content_hash},
+            },
+        )
+
+
+def load_program(folder: Path) -> Program:
+    """Read a program.
+
+    Raises:
+        ArtifactError: if a file was changed, is missing, or is of a newer format; the message names it.
+    """
+    from safetensors.numpy import load_file
+
+    manifest = read_manifest(folder, kind="program")
+    try:
+        settings = Settings(**manifest["settings"])
+        template = Template(manifest["template"], (folder / "template.jinja").read_text(encoding="utf-8"))
+        rows = [json.loads(line) for line in (folder / "pool.jsonl").read_text(encoding="utf-8").split("\n") if line]
+        data = Dataset(
+            tuple(row["text"] for row in rows), tuple(row["answer"] for row in rows), manifest["task"], folder.name
+        )
+        labels, tokenizer_hash = tuple(manifest["labels"]), manifest["tokenizer"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{folder}: the manifest is not that of a program ({error}); compile it again") from error
+    tokenizer = load_tokenizer(settings.model)
+    if tokenizer.fingerprint != tokenizer_hash:
+        raise ArtifactError(
+            f"{folder} was compiled for another tokenizer than {settings.model!r} has now; compile it again"
+        )
+    arrays = load_file(folder / "shots.safetensors")
+    retriever = new_retriever(settings.retriever, encoder=settings.encoder, seed=settings.seed, trusted=False)
+    retriever.load(folder / "index")
+    pool = Pool(data, arrays["tokens"].astype(np.int32), arrays["offsets"].astype(np.int64))
+    return Program(settings, manifest["task"], EncodedTemplate.build(template, tokenizer, labels), pool, retriever)
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether `folder` is one of ours: it has a manifest that says so."""
+    try:
+        return "icl_compiler" in json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+class new_folder:  # noqa: N801 - used as a function
+    """Context: an empty folder beside `target` that takes its place at the end, and vanishes if something fails."""
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+
+    def __enter__(self) -> Path:
+        try:
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            self._scratch = Path(tempfile.mkdtemp(dir=self._target.parent, prefix=f".{self._target.name}-"))
+        except OSError as error:
+            raise ArtifactError(f"{self._target} cannot be written: {error.strerror or error}") from error
+        draft = self._scratch / "new"
+        draft.mkdir()
+        return draft
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            if kind is None:
+                if self._target.exists():
+                    self._target.rename(self._scratch / "old")
+                (self._scratch / "new").rename(self._target)
+        finally:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ArtifactError(f"{self._target} could not be written: {error.strerror or error}") from error
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Write the manifest of the files in `folder`, with the hash of each and of itself."""
+    files = {
+        path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    manifest = {"icl_compiler": version("icl-compiler"), "format": FORMAT, **content, "files": files}
+    manifest["sha256"] = _digest(manifest)
+    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    (folder / _MANIFEST).write_text(text, encoding="utf-8", newline="\n")
+
+
+def read_manifest(folder: Path, *, kind: str) -> dict[str, Any]:
+    """The manifest of `folder`, after checking every file against it.
+
+    Raises:
+        ArtifactError: if there is none, or it is of another kind or a newer format, or any file differs.
+    """
+    path = folder / _MANIFEST
+    if not folder.is_dir():
+        raise ArtifactError(f"there is no {kind} {str(folder)!r}: expected a folder that {_maker(kind)} wrote")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found, form = manifest["kind"], int(manifest["format"])
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{folder} is no {kind}: {_MANIFEST} is missing; {_maker(kind)} writes one") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); make the {kind} again with {_maker(kind)}") from error
+    if form > FORMAT:
+        raise ArtifactError(
+            f"{folder} has format {form}, and this version of icl-compiler reads up to {FORMAT}; upgrade icl-compiler"
+        )
+    if found != kind:
+        raise ArtifactError(f"{folder} is a {found}, not a {kind}")
+    claimed = manifest.pop("sha256", None)
+    if claimed != _digest(manifest):
+        raise ArtifactError(f"{path} was changed after it was written; make the {kind} again with {_maker(kind)}")
+    for name, digest in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise ArtifactError(f"{folder}: the file {name} is missing; make the {kind} again with {_maker(kind)}")
+        if _sha256(file) != digest:
+            raise ArtifactError(
+                f"{folder}: the file {name} was changed after it was written; make the {kind} again with {_maker(kind)}"
+            )
+    result: dict[str, Any] = manifest
+    return result
+
+
+def _maker(kind: str) -> str:
+    return {"program": "`icl compile`", "reference": "`icl finetune`"}[kind]
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return sha256(json.dumps(manifest, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    digest = sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

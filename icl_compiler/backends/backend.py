@@ -1,0 +1,106 @@
+"""The seam between the compiler and the engines: what a backend must answer.
+
+- Prompts and label words are token ids; a backend knows no text.
+- `label_logprobs` is exact for label words of any length: `log P(word | prompt)`, the product over its tokens at
+  temperature 1, without truncation or penalties.
+- Every answer says what it cost: tokens in the prompts, tokens really computed, forward passes. Hidden model
+  calls are a defect.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
+
+from icl_compiler.tokenizer import TokenIds
+
+Progress = Callable[[int], object]
+"""Called with the number of prompts finished since the last call."""
+
+
+class Usage(NamedTuple):
+    """What an answer cost."""
+
+    prompt_tokens: int
+    """Tokens in the prompts as written."""
+    computed_tokens: int
+    """Tokens that went through the model: shared prefixes once, label words as a tree."""
+    forwards: int
+    """Forward passes of the model, or requests to a server."""
+
+    def plus(self, other: "Usage") -> "Usage":
+        """The sum of two costs.
+
+        >>> Usage(1, 2, 3).plus(Usage(1, 1, 1))
+        Usage(prompt_tokens=2, computed_tokens=3, forwards=4)
+        """
+        return Usage(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class LabelScores(NamedTuple):
+    """Log-probabilities of label words, in nats, and their cost."""
+
+    logprobs: Float[np.ndarray, "prompts labels"]
+    usage: Usage
+
+
+class Generation(NamedTuple):
+    """One sampled continuation."""
+
+    tokens: list[int]
+    """The tokens, the terminator included if it was reached."""
+    logprobs: list[float]
+    """Log-probability of each token, in nats, at temperature 1."""
+    finished: bool
+    """Whether the terminator was reached within `max_new_tokens`."""
+
+
+class Generations(NamedTuple):
+    """A continuation of every prompt, and what all of them cost together."""
+
+    items: list[Generation]
+    usage: Usage
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """An engine that runs a frozen language model."""
+
+    @property
+    def model(self) -> str:
+        """The model's name, as the user gave it."""
+
+    @property
+    def device(self) -> str:
+        """Where and in which number format it runs, in words: `cpu, bfloat16`."""
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens of the longest prompt, label word included, that the model can read."""
+
+    def label_logprobs(
+        self,
+        prompts: Sequence[TokenIds],
+        label_words: Sequence[TokenIds],
+        *,
+        progress: Progress | None = None,
+    ) -> LabelScores:
+        """Exact log-probability of every label word after every prompt.
+
+        Raises:
+            ContextLengthError: if a prompt with its longest label word exceeds `max_prompt_tokens`.
+            BackendError: if the engine fails.
+        """
+
+    def generate(
+        self,
+        prompts: Sequence[TokenIds],
+        terminator: TokenIds,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Generations:
+        """One continuation of every prompt, up to `terminator`; temperature 0 takes the likeliest token."""

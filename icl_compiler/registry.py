@@ -1,0 +1,72 @@
+"""Plug-in points as tables of `"module:Class"` strings, read on demand.
+
+- Adding an entry is one file and one line in a table; nothing imports it until it is asked for.
+- On the command line a dotted path `my_package.mine:MyRetriever` works in place of a name. A file that
+  was downloaded may name table entries only (`trusted=False`): a path read from it would run foreign code.
+"""
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+from icl_compiler.errors import MissingDependencyError, RegistryError
+
+RETRIEVERS: Mapping[str, str] = {
+    "uniform": "retrievers.uniform:Uniform",
+    "bm25": "retrievers.bm25:BM25",
+    "dense": "retrievers.dense:Dense",
+}
+BACKENDS: Mapping[str, str] = {
+    "transformers": "icl_compiler.backends.hf_transformers:TransformersBackend",
+    "echo": "icl_compiler.backends.echo:EchoBackend",
+}
+COMMANDS: Mapping[str, str] = {
+    "demo": "evaluation.cli:demo",
+    "compile": "icl_compiler.cli:compile_command",
+    "show": "icl_compiler.cli:show",
+    "predict": "icl_compiler.cli:predict",
+    "finetune": "evaluation.cli:finetune",
+    "evaluate": "evaluation.cli:evaluate",
+    "messages": "icl_compiler.cli:messages",
+    "models": "icl_compiler.cli:models",
+    "doctor": "icl_compiler.cli:doctor",
+}
+
+
+def resolve(kind: str, table: Mapping[str, str], name: str, *, trusted: bool = True) -> Any:
+    """The object that `name` stands for: an entry of `table`, or, if `trusted`, any `"module:attribute"`.
+
+    Raises:
+        RegistryError: if the name is in no table, or leads nowhere.
+        MissingDependencyError: if the module needs a package that is not installed.
+
+    >>> resolve("retriever", RETRIEVERS, "uniform").__name__
+    'Uniform'
+    """
+    if name in table:
+        path = table[name]
+    elif trusted and ":" in name:
+        path = name
+    else:
+        raise RegistryError(f"unknown {kind} {name!r}. {_did_you_mean(name, table)}")
+    module_name, _, attribute = path.partition(":")
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and module_name.startswith(error.name):
+            raise RegistryError(f"{kind} {name!r}: there is no module {error.name!r}") from error
+        raise MissingDependencyError(
+            f"{kind} {name!r} needs the package {error.name!r}: pip install {error.name}"
+        ) from error
+    try:
+        return getattr(module, attribute)
+    except AttributeError as error:
+        raise RegistryError(f"{kind} {name!r}: module {module_name!r} has no {attribute!r}") from error
+
+
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+    known = list(names)
+    close = get_close_matches(name, known, n=1)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Available: {', '.join(known)}."

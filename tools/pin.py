@@ -1,0 +1,45 @@
+"""Prints constraints.txt: the exact version of every package that `pip install -e ".[dev]"` brings.
+
+Run it in the environment whose versions passed the tests: `.venv/bin/python tools/pin.py > constraints.txt`.
+Who needs whom is read from the metadata of what is installed, markers evaluated for this Python and system. The
+local part of a version (the `+cpu` of torch) is left out, so that every build of that version fits.
+"""
+
+import platform
+from configparser import ConfigParser
+from importlib.metadata import distribution
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+
+def closure(requirements: list[Requirement]) -> dict[str, str]:
+    """All that the requirements need, directly or not: name to installed version, by name."""
+    versions: dict[str, str] = {}
+    seen = set()
+    while requirements:
+        requirement = requirements.pop()
+        name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
+        if (name, extras) in seen:
+            continue
+        seen.add((name, extras))
+        installed = distribution(name)
+        versions[name] = Version(installed.version).public
+        for needed in map(Requirement, installed.requires or []):
+            marker = needed.marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in (*extras, "")):
+                requirements.append(needed)
+    return dict(sorted(versions.items()))
+
+
+if __name__ == "__main__":
+    config = ConfigParser()
+    config.read(Path(__file__).parents[1] / "setup.cfg")
+    lines = config["options"]["install_requires"] + config["options.extras_require"]["dev"]
+    print("# The versions that are tested, of everything that `pip install -e '.[dev]'` brings.")
+    print("# Made with: .venv/bin/python tools/pin.py > constraints.txt")
+    print(f"# Python {platform.python_version()}, {platform.system()} {platform.machine()}.")
+    for name, version in closure([Requirement(line) for line in lines.split("\n") if line]).items():
+        print(f"{name}=={version}")
