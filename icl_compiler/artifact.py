@@ -40,14 +40,19 @@ def save_program(program: Program, folder: Path) -> None:
     """
     from safetensors.numpy import save_file
 
-    if folder.exists() and not is_artifact(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtifactError(f"{folder} exists and is not a program; choose another name, or remove it yourself")
+    ours = is_artifact(folder, kind="program")
+    if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArtifactError(
+            f"{folder} exists and is not a program; choose another name, or remove it yourself"
+        )
     with new_folder(folder) as draft:
         (draft / "template.jinja").write_text(program.template.template.source, encoding="utf-8")
         data = program.pool.data
         rows = zip(data.texts, data.answers, strict=True)
         lines = [json.dumps({"text": text, "answer": answer}, ensure_ascii=False) for text, answer in rows]
-        (draft / "pool.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8", newline="\n")
+        (draft / "pool.jsonl").write_text(
+            "".join(line + "\n" for line in lines), encoding="utf-8", newline="\n"
+        )
         arrays = {"tokens": program.pool.tokens, "offsets": program.pool.offsets}
         save_file(arrays, draft / "shots.safetensors")
         (draft / "index").mkdir()
@@ -72,41 +77,54 @@ def load_program(folder: Path) -> Program:
     Raises:
         ArtifactError: if a file was changed, is missing, or is of a newer format; the message names it.
     """
-    from safetensors.numpy import load_file
+    from safetensors import SafetensorError
 
     manifest = read_manifest(folder, kind="program")
     try:
-        settings = Settings(**manifest["settings"])
-        template = Template(manifest["template"], (folder / "template.jinja").read_text(encoding="utf-8"))
-        rows = [json.loads(line) for line in (folder / "pool.jsonl").read_text(encoding="utf-8").split("\n") if line]
-        data = Dataset(
-            tuple(row["text"] for row in rows), tuple(row["answer"] for row in rows), manifest["task"], folder.name
-        )
-        labels, tokenizer_hash = tuple(manifest["labels"]), manifest["tokenizer"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{folder}: the manifest is not that of a program ({error}); compile it again") from error
+        return _read_program(folder, manifest)
+    except (KeyError, IndexError, TypeError, ValueError, FileNotFoundError, SafetensorError) as error:
+        raise ArtifactError(
+            f"{folder} does not hold what a program holds ({error}); compile it again"
+        ) from error
+
+
+def _read_program(folder: Path, manifest: dict[str, Any]) -> Program:
+    from safetensors.numpy import load_file
+
+    settings = Settings(**manifest["settings"])
+    template = Template(manifest["template"], (folder / "template.jinja").read_text(encoding="utf-8"))
+    lines = (folder / "pool.jsonl").read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line]
+    texts, answers = tuple(row["text"] for row in rows), tuple(row["answer"] for row in rows)
+    data = Dataset(texts, answers, manifest["task"], folder.name)
     tokenizer = load_tokenizer(settings.model)
-    if tokenizer.fingerprint != tokenizer_hash:
+    if tokenizer.fingerprint != manifest["tokenizer"]:
         raise ArtifactError(
             f"{folder} was compiled for another tokenizer than {settings.model!r} has now; compile it again"
         )
+    encoded = EncodedTemplate.build(template, tokenizer, tuple(manifest["labels"]))
     arrays = load_file(folder / "shots.safetensors")
+    pool = Pool(data, arrays["tokens"].astype(np.int32), arrays["offsets"].astype(np.int64))
     retriever = new_retriever(settings.retriever, encoder=settings.encoder, seed=settings.seed, trusted=False)
     retriever.load(folder / "index")
-    pool = Pool(data, arrays["tokens"].astype(np.int32), arrays["offsets"].astype(np.int64))
-    return Program(settings, manifest["task"], EncodedTemplate.build(template, tokenizer, labels), pool, retriever)
+    return Program(settings, manifest["task"], encoded, pool, retriever)
 
 
-def is_artifact(folder: Path) -> bool:
-    """Whether `folder` is one of ours: it has a manifest that says so."""
+def is_artifact(folder: Path, *, kind: str | None = None) -> bool:
+    """Whether `folder` is one of ours, and of this `kind` if one is named: it has a manifest that says so."""
     try:
-        return "icl_compiler" in json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+    ours = isinstance(manifest, dict) and "icl_compiler" in manifest
+    return ours and kind in (None, manifest.get("kind"))
 
 
-class new_folder:  # noqa: N801 - used as a function
-    """Context: an empty folder beside `target` that takes its place at the end, and vanishes if something fails."""
+class new_folder:
+    """Context: an empty folder beside `target` that takes its place at the end.
+
+    If something fails, the new folder vanishes and what stood at `target` stands there still.
+    """
 
     def __init__(self, target: Path) -> None:
         self._target = target
@@ -122,21 +140,30 @@ class new_folder:  # noqa: N801 - used as a function
         return draft
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        old = self._scratch / "old"
+        failure = error
         try:
             if kind is None:
                 if self._target.exists():
-                    self._target.rename(self._scratch / "old")
+                    self._target.rename(old)
                 (self._scratch / "new").rename(self._target)
+        except OSError as refused:
+            failure = refused
         finally:
+            if old.exists() and not self._target.exists():
+                old.rename(self._target)
             shutil.rmtree(self._scratch, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise ArtifactError(f"{self._target} could not be written: {error.strerror or error}") from error
+        if isinstance(failure, OSError):
+            reason = failure.strerror or failure
+            raise ArtifactError(f"{self._target} could not be written: {reason}") from failure
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     """Write the manifest of the files in `folder`, with the hash of each and of itself."""
     files = {
-        path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()
+        path.relative_to(folder).as_posix(): _sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     }
     manifest = {"icl_compiler": version("icl-compiler"), "format": FORMAT, **content, "files": files}
     manifest["sha256"] = _digest(manifest)
@@ -152,30 +179,42 @@ def read_manifest(folder: Path, *, kind: str) -> dict[str, Any]:
     """
     path = folder / _MANIFEST
     if not folder.is_dir():
-        raise ArtifactError(f"there is no {kind} {str(folder)!r}: expected a folder that {_maker(kind)} wrote")
+        raise ArtifactError(
+            f"there is no {kind} {str(folder)!r}: expected a folder that {_maker(kind)} wrote"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        found, form = manifest["kind"], int(manifest["format"])
+        found, form, files = manifest["kind"], int(manifest["format"]), dict(manifest["files"])
     except FileNotFoundError as error:
-        raise ArtifactError(f"{folder} is no {kind}: {_MANIFEST} is missing; {_maker(kind)} writes one") from error
+        raise ArtifactError(
+            f"{folder} is no {kind}: {_MANIFEST} is missing; {_maker(kind)} writes one"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); make the {kind} again with {_maker(kind)}") from error
+        raise ArtifactError(
+            f"{path} is damaged ({error}); make the {kind} again with {_maker(kind)}"
+        ) from error
     if form > FORMAT:
         raise ArtifactError(
-            f"{folder} has format {form}, and this version of icl-compiler reads up to {FORMAT}; upgrade icl-compiler"
+            f"{folder} has format {form}, and this version of icl-compiler reads up to {FORMAT}; "
+            "upgrade icl-compiler"
         )
     if found != kind:
         raise ArtifactError(f"{folder} is a {found}, not a {kind}")
     claimed = manifest.pop("sha256", None)
     if claimed != _digest(manifest):
-        raise ArtifactError(f"{path} was changed after it was written; make the {kind} again with {_maker(kind)}")
-    for name, digest in manifest["files"].items():
+        raise ArtifactError(
+            f"{path} was changed after it was written; make the {kind} again with {_maker(kind)}"
+        )
+    for name, digest in files.items():
         file = folder / name
         if not file.is_file():
-            raise ArtifactError(f"{folder}: the file {name} is missing; make the {kind} again with {_maker(kind)}")
+            raise ArtifactError(
+                f"{folder}: the file {name} is missing; make the {kind} again with {_maker(kind)}"
+            )
         if _sha256(file) != digest:
             raise ArtifactError(
-                f"{folder}: the file {name} was changed after it was written; make the {kind} again with {_maker(kind)}"
+                f"{folder}: the file {name} was changed after it was written; "
+                f"make the {kind} again with {_maker(kind)}"
             )
     result: dict[str, Any] = manifest
     return result

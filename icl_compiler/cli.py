@@ -29,8 +29,8 @@ _CHUNK = 256
 def main() -> None:
     """Can a prompt stand in for fine-tuning, and how sure are we?
 
-    Compile a labelled dataset into prompts for a frozen language model, and measure how far the prompted model is
-    from a fine-tuned one. Begin with `icl demo`, or with your data:
+    Compile a labelled dataset into prompts for a frozen language model, and measure how far the prompted
+    model is from a fine-tuned one. Begin with `icl demo`, or with your data:
 
     \b
       icl compile train.csv -o program
@@ -44,9 +44,13 @@ def main() -> None:
 @click.argument("data")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the program.")
 @model_option
-@click.option("--encoder", default="minilm", show_default=True, metavar="NAME", help="Model of sentence embeddings.")
 @click.option(
-    "--template", metavar="NAME", help="Name in prompts/ or path of a Jinja file.  [default: the plain one of the task]"
+    "--encoder", default="minilm", show_default=True, metavar="NAME", help="Model of sentence embeddings."
+)
+@click.option(
+    "--template",
+    metavar="NAME",
+    help="Name in prompts/ or path of a Jinja file.  [default: the plain one of the task]",
 )
 @click.option(
     "--retriever",
@@ -55,7 +59,9 @@ def main() -> None:
     metavar="NAME",
     help=f"How shots are found: {', '.join(RETRIEVERS)}, or package.module:Class.",
 )
-@click.option("--shots", default=16, show_default=True, type=click.IntRange(min=0), help="Most shots in a prompt.")
+@click.option(
+    "--shots", default=16, show_default=True, type=click.IntRange(min=0), help="Most shots in a prompt."
+)
 @click.option(
     "--budget", default=1024, show_default=True, type=click.IntRange(min=1), help="Most tokens in a prompt."
 )
@@ -85,13 +91,16 @@ def compile_command(
 ) -> None:
     """Compile DATA, a labelled file, into a program: a folder that makes prompts.
 
-    DATA is a CSV, TSV, JSONL, JSON or Parquet file, a folder that Hugging Face datasets saved, or hf:NAME[:SPLIT].
+    DATA is a CSV, TSV, JSONL, JSON or Parquet file, a folder that Hugging Face datasets saved, or
+    hf:NAME[:SPLIT].
     """
     from icl_compiler.artifact import save_program
     from icl_compiler.compile import compile_program
     from icl_compiler.data import load_dataset, load_texts
 
-    dataset = load_dataset(data, text_column=text_column, label_column=label_column, target_column=target_column)
+    dataset = load_dataset(
+        data, text_column=text_column, label_column=label_column, target_column=target_column
+    )
     warnings = list(dataset.warnings)
     if test is not None:
         dataset, dropped = dataset.without_texts(load_texts(test, text_column=text_column))
@@ -148,7 +157,10 @@ def show(program: Path, query: str, as_json: bool) -> None:
         print_json({**shown._asdict(), "shots": [shot._asdict() for shot in shown.shots]})
         return
     click.echo(shown.prompt)
-    click.secho(f"\n{shown.tokens} tokens of at most {shown.budget}; {len(shown.shots)} shots, in this order:", bold=True)
+    click.secho(
+        f"\n{shown.tokens} tokens of at most {shown.budget}; {len(shown.shots)} shots, in this order:",
+        bold=True,
+    )
     for number, shot in enumerate(shown.shots, start=1):
         click.echo(
             f"{number:>4}. score {shot.score:.3f}  {shot.tokens:>3} tokens  {shot.label}\n"
@@ -163,9 +175,15 @@ def show(program: Path, query: str, as_json: bool) -> None:
 @click.argument("texts", nargs=-1)
 @click.option("--file", "source", metavar="FILE", help="Texts in a data file, or one a line in a .txt file.")
 @click.option("--text-column", metavar="NAME", help="Column of the texts in FILE; guessed by its name.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write to this file.  [default: standard output]")
 @click.option(
-    "--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Longest answer (generation)."
+    "-o", "--output", type=click.Path(path_type=Path), help="Write to this file.  [default: standard output]"
+)
+@click.option(
+    "--max-new-tokens",
+    default=64,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Longest answer (generation).",
 )
 @engine_options
 def predict(
@@ -180,8 +198,8 @@ def predict(
 ) -> None:
     """Predict the label of each text: given as arguments, in a file, or one a line on standard input.
 
-    Prints one JSON object a line: label, its probability, the probabilities of all labels, "other" (the mass of all answers
-    that are no label), and the tokens of the prompt.
+    Prints one JSON object a line: label, its probability, the probabilities of all labels, "other" (the mass
+    of all answers that are no label), and the tokens of the prompt.
     """
     if texts and source:
         raise click.UsageError("give texts as arguments or with --file, not both")
@@ -234,7 +252,11 @@ def _generated(
     prompts = program.prompts(texts)
     end = program.template.terminator_ids
     found = engine.generate(
-        [prompt.tokens for prompt in prompts], end, max_new_tokens=max_new_tokens, temperature=0, progress=advance
+        [prompt.tokens for prompt in prompts],
+        end,
+        max_new_tokens=max_new_tokens,
+        temperature=0.0,
+        progress=advance,
     )
     for text, prompt, item in zip(texts, prompts, found.items, strict=True):
         tokens = item.tokens[: -len(end)] if item.finished else item.tokens
@@ -254,7 +276,8 @@ def _standard_input() -> Iterator[str]:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise DataFormatError(
-                f"standard input is not UTF-8: byte 0x{error.object[error.start]:02X} in line {number}; convert it first"
+                f"standard input is not UTF-8: byte 0x{error.object[error.start]:02X} in line {number}; "
+                "convert it first"
             ) from error
         if text.strip():
             yield text
@@ -285,8 +308,17 @@ class _writing:
 
 @click.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write into.")
-@click.option("--train", "n_train", default=2000, show_default=True, type=click.IntRange(min=1), help="Rows to train on.")
-@click.option("--test", "n_test", default=500, show_default=True, type=click.IntRange(min=1), help="Rows to test on.")
+@click.option(
+    "--train",
+    "n_train",
+    default=2000,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Rows to train on.",
+)
+@click.option(
+    "--test", "n_test", default=500, show_default=True, type=click.IntRange(min=1), help="Rows to test on."
+)
 @seed_option
 def messages(output: Path, n_train: int, n_test: int, seed: int) -> None:
     """Write the demo's dataset: customer messages in 16 intents, whose true label probabilities are known."""
@@ -335,7 +367,9 @@ def models_list(as_json: bool) -> None:
             state = f"installed; `icl models get {row['name']}` converts it"
         else:
             state = f"missing: {row['install']}"
-        click.echo(f"{row['name']:<14} {row['kind']:<15} {state}\n{'':<14} {row['description']}; {row['licence']}")
+        click.echo(
+            f"{row['name']:<14} {row['kind']:<15} {state}\n{'':<14} {row['description']}; {row['licence']}"
+        )
     click.echo("A folder, or a name on the Hugging Face hub, works wherever a model is named.")
 
 
@@ -354,7 +388,10 @@ def models_get(name: str) -> None:
 @json_option
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
-    """Say what is installed, what is missing, and what to do about it. Exit code 1 if something needed is missing."""
+    """Say what is installed, what is missing, and what to do about it.
+
+    Exit code 1 if something needed is missing.
+    """
     from icl_compiler.doctor import examine
 
     findings = examine()

@@ -2,7 +2,8 @@
 
 - `icl --help` imports no model code: a command's module is imported when the command is asked for, and heavy
   packages inside its body.
-- Exit codes: 0 done; 1 the run failed; 2 wrong use. `ICLError` and errors of the operating system become one sentence.
+- Exit codes: 0 done; 1 the run failed; 2 wrong use. `ICLError` and errors of the operating system become one
+  sentence.
 """
 
 import json
@@ -99,7 +100,9 @@ engine_options = options(
         help="Number format; auto is bfloat16 where the processor computes in it.",
     ),
 )
-seed_option = click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Random seed.")
+seed_option = click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Random seed."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 

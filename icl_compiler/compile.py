@@ -8,10 +8,11 @@ from dataclasses import replace
 from functools import cache
 
 from icl_compiler.data import Dataset
-from icl_compiler.errors import BudgetError, DataError
+from icl_compiler.errors import BudgetError, DataError, RegistryError
 from icl_compiler.models import locate
 from icl_compiler.program import Program, Settings, encode_pool
 from icl_compiler.registry import RETRIEVERS, resolve
+from icl_compiler.selection import Order
 from icl_compiler.templates import EncodedTemplate, Template
 from icl_compiler.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer
 from retrievers.encoder import SentenceEncoder
@@ -45,13 +46,15 @@ def compile_program(
         examples: how many rows of `data` the pool takes (a nested, label-balanced draw); by default all.
 
     Raises:
-        DataError: if `data` has fewer rows than `examples`.
+        DataError: if `data` has no rows, or fewer than `examples`.
         LabelError: if a label word is a prefix of another.
         BudgetError: if not even the instruction fits the budget.
     """
     notify = notify or (lambda _: None)
     if shots < 0:
         raise DataError(f"shots should be >= 0, is now {shots}")
+    if not len(data):
+        raise DataError(f"{data.source} has no rows to compile")
     pool_data = data if examples is None else data.subset(examples, seed=seed)
     tokenizer = load_tokenizer(model)
     text_template = Template.from_name(template or DEFAULT_TEMPLATES[data.task])
@@ -60,15 +63,15 @@ def compile_program(
     longest = max((len(word) for word in encoded.label_words()), default=0)
     if len(encoded.head) + longest >= budget:
         raise BudgetError(
-            f"the instruction has {len(encoded.head)} tokens and the longest answer {longest}, which leaves no room for a "
-            f"query in a budget of {budget}; choose a larger --budget"
+            f"the instruction has {len(encoded.head)} tokens and the longest answer {longest}, which leaves "
+            f"no room for a query in a budget of {budget}; choose a larger --budget"
         )
     notify(f"encoding {len(pool_data):,} rows as shots")
     pool = encode_pool(encoded, pool_data)
     notify(f"indexing them with {retriever}")
     index = new_retriever(retriever, encoder=encoder, seed=seed)
     index.fit(pool_data.texts)
-    order = "best-first" if retriever == "uniform" else "best-last"
+    order: Order = "best-first" if retriever == "uniform" else "best-last"
     settings = Settings(model, encoder, retriever, shots, budget, order, seed)
     return Program(settings, data.task, encoded, pool, index)
 
@@ -76,7 +79,7 @@ def compile_program(
 def zero_shot_program(
     labels: tuple[str, ...], template: Template, *, model: str, tokenizer_model: str | None = None
 ) -> Program:
-    """A program without shots: the template around the query and nothing else; also how a fine-tuned model is asked."""
+    """A program without shots, only the template around the query; also how a fine-tuned model is asked."""
     encoded = EncodedTemplate.build(template, load_tokenizer(tokenizer_model or model), labels)
     empty = Dataset((), (), "classification", "none")
     settings = Settings(model, "minilm", "uniform", 0, 1_000_000, "best-first", 0)
@@ -96,7 +99,9 @@ def with_pool(program: Program, data: Dataset) -> Program:
             "no row is left in the program's pool: all of them stand in the test data too; "
             "evaluate on texts that the pool does not hold"
         )
-    index = new_retriever(program.settings.retriever, encoder=program.settings.encoder, seed=program.settings.seed)
+    index = new_retriever(
+        program.settings.retriever, encoder=program.settings.encoder, seed=program.settings.seed
+    )
     index.fit(data.texts)
     return replace(program, pool=encode_pool(program.template, data), retriever=index)
 
@@ -109,9 +114,15 @@ def without_rows(program: Program, texts: Collection[str]) -> tuple[Program, int
 
 def new_retriever(name: str, *, encoder: str, seed: int, trusted: bool = True) -> Retriever:
     """An empty retriever by its name in the table; `encoder` is loaded only if it is used."""
-    made: Retriever = resolve("retriever", RETRIEVERS, name, trusted=trusted)(
-        Resources(seed=seed, encoder=_encoder(encoder))
-    )
+    found = resolve("retriever", RETRIEVERS, name, trusted=trusted)
+    lacking = [
+        part for part in ("score_meaning", "fit", "search", "save", "load") if not hasattr(found, part)
+    ]
+    if lacking:
+        raise RegistryError(
+            f"{name!r} is no retriever, it has no {', '.join(lacking)}; see retrievers/retriever.py"
+        )
+    made: Retriever = found(Resources(seed=seed, encoder=_encoder(encoder)))
     return made
 
 
@@ -123,4 +134,3 @@ def _encoder(name: str) -> SentenceEncoder:
 def load_tokenizer(model: str) -> Tokenizer:
     """The tokenizer of a model by its name."""
     return ByteTokenizer() if model == "echo" else HFTokenizer(locate(model))
-

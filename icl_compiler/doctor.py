@@ -11,7 +11,7 @@ from icl_compiler.models import EMBEDDED, cache_folder
 
 _NEEDED = (
     "torch", "transformers", "accelerate", "gguf", "sentence-transformers", "faiss-cpu", "bm25s", "datasets",
-    "pyarrow", "click", "jinja2", "safetensors", "numpy", "scipy", "plotly",
+    "pyarrow", "click", "jinja2", "safetensors", "numpy", "scipy", "jaxtyping", "tqdm", "plotly",
 )  # fmt: skip
 _SPACE_NEEDED = 2 << 30
 
@@ -61,7 +61,9 @@ def _models() -> list[Finding]:
         if model.ready:
             findings.append(Finding(subject, "ok", "ready"))
         elif model.installed:
-            findings.append(Finding(subject, "ok", f"installed; `icl models get {model.name}` converts it (25 s)"))
+            findings.append(
+                Finding(subject, "ok", f"installed; `icl models get {model.name}` converts it (25 s)")
+            )
         else:
             findings.append(Finding(subject, "optional", "not installed", model.install_command))
     return findings
@@ -77,14 +79,23 @@ def _broken() -> list[Finding]:
             continue
         if torch.endswith("+cpu") and not found.endswith("+cpu"):
             findings.append(
-                Finding(name, "missing", f"{found} is built for CUDA, torch {torch} is not", f"pip uninstall {name}")
+                Finding(
+                    name,
+                    "missing",
+                    f"{found} is built for CUDA, torch {torch} is not",
+                    f"pip uninstall {name}",
+                )
             )
     return findings
 
 
 def _processor() -> Finding:
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return Finding(
+            "processor", "missing", f"torch does not load: {error}", "pip install --force-reinstall torch"
+        )
     if torch.cuda.is_available():
         return Finding("processor", "ok", f"{torch.cuda.get_device_name()}, bfloat16")
     fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,10 +1,11 @@
 """Names of models to folders with weights.
 
-- Two models come by pip, so that everything works on a machine without a model hub: SmolLM2-135M-Instruct (a GGUF file,
-  4 bits a weight, converted once to bfloat16 safetensors in the cache folder) and all-MiniLM-L6-v2 (used where it lies).
+- Two models come by pip, so that everything works on a machine without a model hub: SmolLM2-135M-Instruct (a
+  GGUF file, 4 bits a weight, converted once to bfloat16 safetensors in the cache folder) and all-MiniLM-L6-v2
+  (used where it lies).
 - Any folder, or any name on the Hugging Face hub, works in their place; those are passed on as they are.
-- The cache folder is `ICL_CACHE`, else `$XDG_CACHE_HOME/icl-compiler`, else `~/.cache/icl-compiler`. A model appears in it
-  complete or not at all: it is written beside its place and renamed.
+- The cache folder is `ICL_CACHE`, else `$XDG_CACHE_HOME/icl-compiler`, else `~/.cache/icl-compiler`. A model
+  appears in it complete or not at all: it is written beside its place and renamed.
 """
 
 import os
@@ -76,9 +77,7 @@ class EmbeddedModel:
             )
         if self.kind == "encoder":
             return source
-        print(
-            f"Converting {self.name} to safetensors, once (about 25 s) ...", file=sys.stderr, flush=True
-        )
+        print(f"Converting {self.name} to safetensors, once (about 25 s) ...", file=sys.stderr, flush=True)
         _convert_gguf(source, self.cached)
         return self.cached
 
@@ -135,7 +134,10 @@ def locate(name: str) -> str:
     """
     if name in EMBEDDED:
         return str(EMBEDDED[name].get())
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # the home of a user who is not there
+        path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file() and not (path / "modules.json").is_file():
             raise ModelError(f"the folder {name!r} holds no model: there is no config.json in it")
@@ -155,7 +157,7 @@ def _is_model(folder: Path) -> bool:
 
 
 def _convert_gguf(source: Path, target: Path) -> None:
-    """Read a GGUF file and save it as bfloat16 safetensors; `transformers` refuses to save what it read as is."""
+    """Read a GGUF file, save it as bfloat16 safetensors; `transformers` does not save what it read as is."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging

@@ -18,8 +18,8 @@ class Predictions(NamedTuple):
     """The law of the answer to each text, and what it cost.
 
     Attributes:
-        probabilities: of each label, in the order of `labels`; a row sums to at most 1, the rest is the mass of
-            all other continuations ("other").
+        probabilities: of each label, in the order of `labels`; a row sums to at most 1, the rest is the mass
+            of all other continuations ("other").
         prompt_tokens: tokens of each prompt.
         usage: tokens computed and forward passes, over all texts.
         seconds: wall time, making the prompts included.
@@ -34,12 +34,14 @@ class Predictions(NamedTuple):
     @property
     def best(self) -> Int64[np.ndarray, " texts"]:
         """Position of the likeliest label of each text."""
-        return self.probabilities.argmax(axis=1)
+        best: Int64[np.ndarray, " texts"] = self.probabilities.argmax(axis=1)
+        return best
 
     @property
     def other(self) -> Float[np.ndarray, " texts"]:
         """Mass of everything that is not a label word, in [0, 1]."""
-        return np.clip(1 - self.probabilities.sum(axis=1), 0, 1)
+        other: Float[np.ndarray, " texts"] = np.clip(1 - self.probabilities.sum(axis=1), 0, 1)
+        return other
 
 
 @runtime_checkable

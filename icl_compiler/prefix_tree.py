@@ -1,8 +1,8 @@
 """Token sequences as a tree: what they share is stored, and computed, once.
 
-Exact label scoring rests on this. A batch of prompts, each followed by every label word, is a tree of tokens. One
-forward pass over its nodes, with the ancestor relation as the attention mask and the depth as the position, gives the
-same logits as one pass per prompt and label, and computes each distinct prefix once.
+Exact label scoring rests on this. A batch of prompts, each followed by every label word, is a tree of tokens.
+One forward pass over its nodes, with the ancestor relation as the attention mask and the depth as the
+position, gives the same logits as one pass per prompt and label, and computes each distinct prefix once.
 
 - Only inner nodes are computed: the last token of a label word predicts nothing that is asked for.
 - Pure numpy; the engines turn `ancestors` into their own mask.
@@ -10,6 +10,7 @@ same logits as one pass per prompt and label, and computes each distinct prefix 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -37,7 +38,7 @@ class WordTree:
     depths: Int[np.ndarray, " nodes"]
     edge_nodes: Int[np.ndarray, " edges"]
     edge_tokens: Int[np.ndarray, " edges"]
-    word_edges: tuple[Int[np.ndarray, " length"], ...]
+    word_edges: tuple[Int[np.ndarray, " _"], ...]
 
     @classmethod
     def build(cls, words: Sequence[TokenIds]) -> "WordTree":
@@ -51,7 +52,11 @@ class WordTree:
         """
         nodes: dict[tuple[int, ...], int] = {(): -1}
         edges: dict[tuple[int, ...], int] = {}
-        tokens, parents, depths, edge_nodes, edge_tokens = [], [], [], [], []
+        tokens: list[int] = []
+        parents: list[int] = []
+        depths: list[int] = []
+        edge_nodes: list[int] = []
+        edge_tokens: list[int] = []
         word_edges = []
         for word in words:
             if not len(word):
@@ -67,7 +72,9 @@ class WordTree:
                     edges[path[:end]] = len(edge_tokens)
                     edge_nodes.append(nodes[path[: end - 1]])
                     edge_tokens.append(path[end - 1])
-            word_edges.append(np.array([edges[path[:end]] for end in range(1, len(path) + 1)], dtype=np.int64))
+            word_edges.append(
+                np.array([edges[path[:end]] for end in range(1, len(path) + 1)], dtype=np.int64)
+            )
         return cls(
             np.array(tokens, dtype=np.int64),
             np.array(parents, dtype=np.int64),
@@ -103,10 +110,12 @@ class PrefixTree:
     positions: Int[np.ndarray, " nodes"]
     ancestors: Bool[np.ndarray, "nodes nodes"]
     ends: Int[np.ndarray, " sequences"]
-    paths: tuple[Int[np.ndarray, " length"], ...]
+    paths: tuple[Int[np.ndarray, " _"], ...]
 
     @classmethod
-    def build(cls, sequences: Sequence[TokenIds], *, start: int = 0) -> "PrefixTree":
+    def build(
+        cls, sequences: Sequence[TokenIds | Int[np.ndarray, " length"]], *, start: int = 0
+    ) -> "PrefixTree":
         """Merge `sequences` from their token `start` on; before it they must agree.
 
         >>> tree = PrefixTree.build([[1, 2, 3], [1, 2, 4]])
@@ -117,7 +126,7 @@ class PrefixTree:
         """
         arrays = [np.asarray(sequence, dtype=np.int64)[start:] for sequence in sequences]
         order = sorted(range(len(arrays)), key=lambda i: arrays[i].tolist())
-        paths: list[Int[np.ndarray, " length"]] = [np.empty(0, dtype=np.int64)] * len(arrays)
+        paths: list[Int[np.ndarray, " _"]] = [np.empty(0, dtype=np.int64)] * len(arrays)
         pieces, shares = [], []
         size = 0
         previous, previous_path = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
@@ -146,7 +155,7 @@ class PrefixTree:
         )
 
     def with_words(self, words: WordTree) -> "PrefixTree":
-        """The tree with a copy of `words` below the end of each sequence; copies stand behind all other nodes.
+        """The tree with a copy of `words` below the end of each sequence; the copies are its last nodes.
 
         Copy `q` has the nodes `len(tokens) + q * len(words) + node`.
         """
@@ -185,18 +194,19 @@ def common_prefix(first: Int[np.ndarray, " a"], second: Int[np.ndarray, " b"]) -
 
 
 def plan_batches(
-    prompts: Sequence[Int[np.ndarray, " length"]], *, extra: int, limit: int, split_cost: int = 32
+    prompts: Sequence[Int[np.ndarray, " _"]], *, extra: int, limit: int, split_cost: int = 32
 ) -> list[range]:
     """Cut lexicographically sorted prompts into consecutive batches of at most about `limit` new nodes each.
 
-    A prompt that is larger alone has a batch of its own. `extra` nodes are added per prompt (the label words). A full
-    batch is cut where the neighbours share least, if that keeps a prefix of more than `split_cost` tokens in one piece.
+    A prompt that is larger alone has a batch of its own. `extra` nodes are added per prompt (the label
+    words). A full batch is cut where the neighbours share least, if that keeps a prefix of more than
+    `split_cost` tokens in one piece.
 
     >>> a, b = np.arange(100), np.arange(200, 300)
     >>> plan_batches([a, np.append(a, 1), b, np.append(b, 1)], extra=2, limit=210)
     [range(0, 2), range(2, 4)]
     """
-    shared = [common_prefix(a, b) for a, b in zip(prompts, prompts[1:], strict=False)]
+    shared = [common_prefix(a, b) for a, b in pairwise(prompts)]
     batches = []
     first, cached = 0, 0
     while first < len(prompts):

@@ -1,8 +1,8 @@
 """The compiled thing: it makes a prompt of tokens for any text.
 
-A program holds the labels, the template, a pool of demonstrations with their tokens, a retriever over them, and a budget. It
-needs the tokenizer of its model, never the model: prompts are made on any machine, whatever engine then reads
-them. It is frozen: the same text gives the same prompt, in every process.
+A program holds the labels, the template, a pool of demonstrations with their tokens, a retriever over them,
+and a budget. It needs the tokenizer of its model, never the model: prompts are made on any machine, whatever
+engine then reads them. It is frozen: the same text gives the same prompt, in every process.
 """
 
 from collections.abc import Sequence
@@ -85,7 +85,8 @@ class Explanation(NamedTuple):
 class Program:
     """Labels, template, pool, retriever and budget: texts in, prompts out.
 
-    See `icl_compiler.compile.compile_program` for how one is made, `icl_compiler.artifact` for how it is kept.
+    See `icl_compiler.compile.compile_program` for how one is made, `icl_compiler.artifact` for how it is
+    kept.
     """
 
     settings: Settings
@@ -121,8 +122,8 @@ class Program:
             room = self.settings.budget - head - len(query) - answer
             if room < 0:
                 raise BudgetError(
-                    f"the prompt for {_short(text)!r} has {head} tokens of instruction, {len(query)} of query and up to "
-                    f"{answer} of answer, {head + len(query) + answer} in all, and the budget is "
+                    f"the prompt for {_short(text)!r} has {head} tokens of instruction, {len(query)} of query and "
+                    f"up to {answer} of answer, {head + len(query) + answer} in all, and the budget is "
                     f"{self.settings.budget}; compile with a larger --budget, or shorten the text"
                 )
             if hits is None:
@@ -164,9 +165,13 @@ class Program:
         if chosen.itself:
             notes.append(f"{chosen.itself} row of the pool was left out because it is the query itself")
         if chosen.too_long:
-            notes.append(f"{chosen.too_long} candidates were skipped because they did not fit the budget any more")
+            notes.append(
+                f"{chosen.too_long} candidates were skipped because they did not fit the budget any more"
+            )
         if len(shots) < self.settings.shots:
-            notes.append(f"{len(shots)} of at most {self.settings.shots} shots: no more fit, or there are no more")
+            notes.append(
+                f"{len(shots)} of at most {self.settings.shots} shots: no more fit, or there are no more"
+            )
         decoded = self.template.tokenizer.decode(prompt.tokens)
         return Explanation(text, decoded, len(prompt.tokens), self.settings.budget, shots, notes)
 

@@ -51,10 +51,12 @@ def resolve(kind: str, table: Mapping[str, str], name: str, *, trusted: bool = T
     else:
         raise RegistryError(f"unknown {kind} {name!r}. {_did_you_mean(name, table)}")
     module_name, _, attribute = path.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
+        raise RegistryError(f"{kind} {name!r} should look like 'my_package.my_module:MyClass'")
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name is not None and module_name.startswith(error.name):
+        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
             raise RegistryError(f"{kind} {name!r}: there is no module {error.name!r}") from error
         raise MissingDependencyError(
             f"{kind} {name!r} needs the package {error.name!r}: pip install {error.name}"

@@ -1,10 +1,10 @@
 """Which shots stand in a prompt, and in which order, under a budget of exact tokens.
 
-- Whole shots only: a shot that does not fit is skipped and counted, the next best is tried; the instruction and the
-  query are never cut.
+- Whole shots only: a shot that does not fit is skipped and counted, the next best is tried; the instruction
+  and the query are never cut.
 - No query retrieves itself: a row whose text is the query's (case and blanks aside) is left out.
-- The best shot stands last, next to the query. A fixed set of shots is written best first instead, so that all prompts
-  begin alike.
+- The best shot stands last, next to the query. A fixed set of shots is written best first instead, so that
+  all prompts begin alike.
 """
 
 from collections.abc import Sequence
@@ -43,10 +43,10 @@ def pack(
 ) -> Selection:
     """Take candidates, best first, while they fit into `room` tokens, up to `shots` of them.
 
-    >>> pack(np.array([2, 0, 1]), np.array([0.9, 0.5, 0.1], dtype=np.float32),
+    >>> pack(np.array([2, 0, 1]), np.array([0.875, 0.5, 0.125], dtype=np.float32),
     ...      shot_tokens=np.array([30, 5, 7]), is_query=np.array([False, False, False]),
     ...      room=20, shots=2, order="best-last")
-    Selection(rows=[1, 2], ranks=[3, 1], scores=[0.10000000149011612, 0.8999999761581421], too_long=1, itself=0)
+    Selection(rows=[1, 2], ranks=[3, 1], scores=[0.125, 0.875], too_long=1, itself=0)
     """
     rows: list[int] = []
     ranks: list[int] = []

@@ -1,11 +1,12 @@
 """A prompt template: one Jinja file that says how the instruction, a query and an answer are written.
 
 - A template is a file of `prompts/` (by name) or any file of the user's (by path). It defines the macros
-  `instruction(labels)`, `query(text)` and `answer(label)`, and the variables `chat` and, if plain, `terminator`.
+  `instruction(labels)`, `query(text)` and `answer(label)`, and the variables `chat` and, if plain,
+  `terminator`.
 - Jinja runs in its sandbox: a template inside a downloaded program can format text and nothing else. Texts
   are arguments of macros, never template source.
-- `Template` knows text. `EncodedTemplate` knows tokens: each part is encoded once, and a prompt is a concatenation
-  of parts, `head + (query + label word + separator) x shots + query`.
+- `Template` knows text. `EncodedTemplate` knows tokens: each part is encoded once, and a prompt is a
+  concatenation of parts, `head + (query + label word + separator) x shots + query`.
 - A label word ends in a terminator (a newline, or the model's end of turn), so that no label word is a
   prefix of another.
 - In a chat template the parts between the contents are found by writing a conversation of marked
@@ -16,16 +17,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError as JinjaError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from icl_compiler.errors import LabelError, TemplateError
+from icl_compiler.errors import DataError, LabelError, TemplateError
 from icl_compiler.tokenizer import Tokenizer
 
 _MACROS = ("instruction", "query", "answer")
+_MARKS = tuple(f"icl-mark-{i}-" for i in range(5))
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,12 @@ class Template:
         for macro in _MACROS:
             if not callable(getattr(self._module, macro, None)):
                 raise TemplateError(
-                    f"template {self.name!r} defines no macro {macro!r}; expected the macros {', '.join(_MACROS)}"
+                    f"template {self.name!r} defines no macro {macro!r}; "
+                    f"expected the macros {', '.join(_MACROS)}"
                 )
         if not self.chat and not self.terminator:
             raise TemplateError(
-                f"template {self.name!r} has no terminator; add a line like {{% set terminator = \"\\n\" %}}, "
+                f'template {self.name!r} has no terminator; add a line like {{% set terminator = "\\n" %}}, '
                 "so that no label word is a prefix of another"
             )
         if not self.chat and not self.query("text").strip():
@@ -111,7 +114,7 @@ class Template:
         )
         try:
             return environment.from_string(self.source).module
-        except (JinjaError, TypeError) as error:
+        except Exception as error:  # a template is a foreign program: it may divide by zero
             line = getattr(error, "lineno", None)
             where = f", line {line}" if line else ""
             raise TemplateError(f"template {self.name!r}{where} does not render: {error}") from error
@@ -119,7 +122,7 @@ class Template:
     def _write(self, macro: str, argument: object) -> str:
         try:
             return str(getattr(self._module, macro)(argument))
-        except (JinjaError, TypeError, AttributeError, ValueError) as error:
+        except Exception as error:
             raise TemplateError(f"the macro {macro!r} of template {self.name!r} failed: {error}") from error
 
 
@@ -151,20 +154,32 @@ class EncodedTemplate:
         """
         instruction = template.instruction(labels)
         if not template.chat:
-            [head] = tokenizer.encode([instruction])
+            query = template.query("x")
+            context = "\n" if instruction.endswith("\n") else instruction
+            [whole] = tokenizer.encode([instruction + query])
+            [after] = tokenizer.encode([query], context=context)
             return cls(
                 template,
                 tokenizer,
                 tuple(labels),
-                head=(*tokenizer.bos, *head),
+                head=(*tokenizer.bos, *_cut(whole, after, instruction)),
                 separator=(),
-                _query_context="\n" if instruction.endswith("\n") else instruction,
+                _query_context=context,
                 _query_tail=(),
-                _answer_context=template.query("x")[-1:],
+                _answer_context=query,
                 _terminator=template.terminator,
             )
-        before, middle, between = _turns(tokenizer, instruction)
-        [head, tail, gap] = tokenizer.encode([before, middle, between], special=True)
+        conversation, before, middle, between = _turns(tokenizer, instruction)
+        [whole, head, tail, gap] = tokenizer.encode([conversation, before, middle, between], special=True)
+        contents = tokenizer.encode(_MARKS, context="\n")
+        expected = list(head)
+        for content, joint in zip(contents, (tail, gap, tail, gap, tail), strict=True):
+            expected += [*content, *joint]
+        if whole != expected:
+            raise TemplateError(
+                "the model's tokenizer merges the ends of turns in its chat template with what stands in them; "
+                "use a plain template, such as `--template classify`"
+            )
         end = next((i for i, token in enumerate(gap) if token in tokenizer.special_ids), None)
         if end is None:
             raise TemplateError(
@@ -184,7 +199,13 @@ class EncodedTemplate:
         )
 
     def queries(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text as a query, up to where its answer begins."""
+        """Ids of each text as a query, up to where its answer begins.
+
+        Raises:
+            DataError: if a text holds half a character, which UTF-8 cannot write.
+        """
+        for text in texts:
+            _require_encodable(text)
         written = [self.template.query(text) for text in texts]
         if self.template.chat:
             written = [text.strip() for text in written]
@@ -205,8 +226,7 @@ class EncodedTemplate:
                     f"{self.template.name!r}; rename it, or use a template with another terminator"
                 )
         if not self.template.chat:
-            full = [text + self._terminator for text in written]
-            return self.tokenizer.encode(full, context=self._answer_context)
+            return self._before_query([text + self._terminator for text in written], self._answer_context)
         [end] = self.tokenizer.encode([self._terminator], special=True)
         contents = self.tokenizer.encode([text.strip() for text in written], context=self._answer_context)
         return [[*ids, *end] for ids in contents]
@@ -214,9 +234,9 @@ class EncodedTemplate:
     @property
     def terminator_ids(self) -> list[int]:
         """The tokens that end an answer."""
-        context = "" if self.template.chat else "x"
-        [ids] = self.tokenizer.encode([self._terminator], context=context, special=self.template.chat)
-        return ids
+        if not self.template.chat:
+            return self._before_query([self._terminator], "x")[0]
+        return self.tokenizer.encode([self._terminator], special=True)[0]
 
     def label_words(self) -> list[list[int]]:
         """Ids of each label's word, in the order of `labels`, checked to be prefix-free.
@@ -226,7 +246,7 @@ class EncodedTemplate:
         """
         words = self.answers(self.labels)
         order = sorted(range(len(words)), key=lambda i: words[i])
-        for first, second in zip(order, order[1:], strict=False):
+        for first, second in pairwise(order):
             if words[second][: len(words[first])] == words[first]:
                 same = "the same as" if words[first] == words[second] else "a prefix of"
                 raise LabelError(
@@ -235,16 +255,42 @@ class EncodedTemplate:
                 )
         return words
 
+    def _before_query(self, texts: Sequence[str], context: str) -> list[list[int]]:
+        """Ids of each text as it stands after `context` and before a query of a plain template."""
+        [after] = self.queries(["x"])
+        whole = self.tokenizer.encode([text + self.template.query("x") for text in texts], context=context)
+        return [_cut(ids, after, text) for ids, text in zip(whole, texts, strict=True)]
 
-def _turns(tokenizer: Tokenizer, instruction: str) -> tuple[str, str, str]:
-    """The text before a query, between a query and its answer, and between an answer and the next query."""
-    marks = [f"icl-mark-{i}-" for i in range(5)]
+
+def _cut(ids: list[int], after: list[int], text: str) -> list[int]:
+    """`ids` without `after` at their end; `text` is what the rest of them stands for."""
+    size = len(ids) - len(after)
+    if ids[size:] != after:
+        raise TemplateError(
+            f"the tokenizer merges {text[-20:]!r} with the query after it; end that part of the template "
+            "with a newline, and start the query with a letter"
+        )
+    return ids[:size]
+
+
+def _require_encodable(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the text {text[:60]!a} holds half a character ({text[error.start]!a}, a surrogate without its "
+            "partner), which no tokenizer takes; repair it"
+        ) from error
+
+
+def _turns(tokenizer: Tokenizer, instruction: str) -> tuple[str, str, str, str]:
+    """A conversation, and its text before a query, between query and answer, and from there to the next."""
     system = [{"role": "system", "content": instruction}] if instruction.strip() else []
     roles = ("user", "assistant", "user", "assistant", "user")
-    turns = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-    text = tokenizer.chat([*system, *turns], answer_next=True)
+    turns = [{"role": role, "content": mark} for role, mark in zip(roles, _MARKS, strict=True)]
+    conversation = text = tokenizer.chat([*system, *turns], answer_next=True)
     parts = []
-    for mark in marks:
+    for mark in _MARKS:
         part, found, text = text.partition(mark)
         if not found:
             raise TemplateError("the model's chat template drops or rewrites turns; use a plain template")
@@ -252,4 +298,4 @@ def _turns(tokenizer: Tokenizer, instruction: str) -> tuple[str, str, str]:
     before, *rest = [*parts, text]
     if rest[0] != rest[2] or rest[0] != rest[4] or rest[1] != rest[3]:
         raise TemplateError("the model's chat template writes its turns unequally; use a plain template")
-    return before, rest[0], rest[1]
+    return conversation, before, rest[0], rest[1]

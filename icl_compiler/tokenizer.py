@@ -14,9 +14,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+from jaxtyping import Int
+from jinja2 import TemplateError as JinjaError
+
 from icl_compiler.errors import ModelError, TemplateError
 
-TokenIds = Sequence[int]
+TokenIds = Sequence[int] | Int[np.ndarray, " _"]
 
 
 @runtime_checkable
@@ -105,9 +109,15 @@ class HFTokenizer:
             raise TemplateError(
                 "this model has no chat template; use a plain one, such as `--template classify`"
             )
-        text: str = self._tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=answer_next
-        )
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=answer_next
+            )
+        except JinjaError as error:
+            raise TemplateError(
+                f"the model's chat template refuses the conversation ({error}); "
+                "use a plain template, such as `--template classify`"
+            ) from error
         return text
 
 

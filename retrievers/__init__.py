@@ -1,1 +1,1 @@
-"""Retrieval of examples: texts in, row numbers and scores out. Knows no labels, prompts or language models."""
+"""Retrieval of examples: texts in, row numbers and scores out; knows no labels, prompts or models."""

@@ -33,28 +33,42 @@ class BM25:
         import bm25s
 
         self._rows = len(texts)
+        if not texts:
+            return
+        # Rows without words may leave the index without a vocabulary; the mark is no word anybody asks for.
+        words = [words or ["\0"] for words in _words(texts)]
+        # Sorted: left to itself the package numbers words in the order of their hashes, differently each time.
+        numbers = {word: i for i, word in enumerate(sorted({word for row in words for word in row}))}
         self._index = bm25s.BM25()
-        # A row without words would leave the index without a vocabulary; the mark is no word anybody asks for.
-        self._index.index([words or ["\0"] for words in _words(texts)], show_progress=False)
+        self._index.index(([[numbers[word] for word in row] for row in words], numbers), show_progress=False)
 
     def search(self, texts: Sequence[str], k: int) -> Hits:
         """The `k` rows with the highest score; equal scores in the order of the rows."""
         k = min(k, self._rows)
-        if not texts:
-            return Hits(np.empty((0, k), dtype=np.int64), np.empty((0, k), dtype=np.float32))
-        found = self._index.retrieve(_words(texts), k=k, show_progress=False, n_threads=0)
-        ids, scores = found.documents.astype(np.int64), found.scores.astype(np.float32)
-        order = np.lexsort((ids, -scores), axis=1)
-        return Hits(np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1))
+        ids = np.empty((len(texts), k), dtype=np.int64)
+        scores = np.empty((len(texts), k), dtype=np.float32)
+        if not k:
+            return Hits(ids, scores)
+        for query, words in enumerate(_words(texts)):
+            # The package's own selection takes any of equal scores.
+            score = self._index.get_scores(words) if words else np.zeros(self._rows, dtype=np.float32)
+            enough = np.flatnonzero(score >= np.partition(score, -k)[-k])
+            ids[query] = enough[np.argsort(-score[enough], kind="stable")[:k]]
+            scores[query] = score[ids[query]]
+        return Hits(ids, scores)
 
     def save(self, folder: Path) -> None:
-        """Write the index."""
-        self._index.save(folder, show_progress=False)
+        """Write the index; one of no rows has no files."""
+        if self._rows:
+            self._index.save(folder, show_progress=False)
 
     def load(self, folder: Path) -> None:
         """Read the index."""
         import bm25s
 
+        self._rows = 0
+        if not any(folder.glob("*")):
+            return
         self._index = bm25s.BM25.load(folder, show_progress=False)
         self._rows = int(self._index.scores["num_docs"])
 

@@ -25,12 +25,17 @@ class Dense:
         self._set(self._encoder.encode(texts))
 
     def search(self, texts: Sequence[str], k: int) -> Hits:
-        """The `k` rows with the highest cosine."""
+        """The `k` rows with the highest cosine; equal scores in the order of the rows."""
         k = min(k, len(self._vectors))
-        if not texts:
-            return Hits(np.empty((0, k), dtype=np.int64), np.empty((0, k), dtype=np.float32))
+        if not texts or not k:
+            return Hits(
+                np.empty((len(texts), k), dtype=np.int64), np.empty((len(texts), k), dtype=np.float32)
+            )
         scores, ids = self._index.search(self._encoder.encode(texts), k)
-        return Hits(ids.astype(np.int64), scores.astype(np.float32))
+        order = np.lexsort((ids, -scores), axis=1)
+        return Hits(
+            np.take_along_axis(ids.astype(np.int64), order, axis=1), np.take_along_axis(scores, order, axis=1)
+        )
 
     def save(self, folder: Path) -> None:
         """Write the vectors; the index over them is exact and is built again in no time."""

@@ -1,7 +1,7 @@
 """The same rows for every query, drawn uniformly without replacement: the baseline of every retriever.
 
-One draw serves all queries, so all prompts begin alike and an engine computes that beginning once. The draw for
-`k` rows begins the draw for `k + 1`.
+One draw serves all queries, so all prompts begin alike and an engine computes that beginning once. The draw
+for `k` rows begins the draw for `k + 1`.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Prints constraints.txt: the exact version of every package that `pip install -e ".[dev]"` brings.
 
 Run it in the environment whose versions passed the tests: `.venv/bin/python tools/pin.py > constraints.txt`.
-Who needs whom is read from the metadata of what is installed, markers evaluated for this Python and system. The
-local part of a version (the `+cpu` of torch) is left out, so that every build of that version fits.
+Who needs whom is read from the metadata of what is installed, markers evaluated for this Python and system.
+The local part of a version (the `+cpu` of torch) is left out, so that every build of that version fits.
 """
 
 import platform

@@ -1,8 +1,8 @@
 """The seam between the compiler and the engines: what a backend must answer.
 
 - Prompts and label words are token ids; a backend knows no text.
-- `label_logprobs` is exact for label words of any length: `log P(word | prompt)`, the product over its tokens at
-  temperature 1, without truncation or penalties.
+- `label_logprobs` is exact for label words of any length: `log P(word | prompt)`, the product over its tokens
+  at temperature 1, without truncation or penalties.
 - Every answer says what it cost: tokens in the prompts, tokens really computed, forward passes. Hidden model
   calls are a defect.
 """

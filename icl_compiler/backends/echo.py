@@ -1,8 +1,9 @@
 """A backend without a model: its label law is a known function of the prompt.
 
-`P(word | prompt) = (1 + how often the word stands in the prompt) / (1 + sum over words of (1 + how often))`, and what is missing
-to one is the mass of all other continuations. So the gap between a program on this backend and a reference can be
-computed by hand, and every command can be tried in a second without weights (`--model echo`).
+`P(word | prompt) = (1 + how often the word stands in the prompt) / (1 + sum over words of (1 + how often))`,
+and what is missing to one is the mass of all other continuations. So the gap between a program on this
+backend and a reference can be computed by hand, and every command can be tried in a second without weights
+(`--model echo`).
 """
 
 from collections.abc import Sequence
@@ -37,7 +38,9 @@ class EchoBackend:
         progress: Progress | None = None,
     ) -> LabelScores:
         """See the module: smoothed counts of each label word in each prompt."""
-        counts = np.array([[1 + _count(prompt, word) for word in label_words] for prompt in prompts], dtype=float)
+        counts = np.array(
+            [[1 + _count(prompt, word) for word in label_words] for prompt in prompts], dtype=float
+        )
         counts = counts.reshape(len(prompts), len(label_words))
         if progress is not None:
             progress(len(prompts))

@@ -1,14 +1,14 @@
 """The frozen model in this process, through Hugging Face `transformers`.
 
-- Prompts are sorted, so that those which share their first tokens stand together; a batch is one tree of tokens
-  (`prefix_tree.py`) and one forward pass: shared prefixes are computed once, label words hang below their
-  prompt as branches, and there is no padding.
-- The keys and values of the first prompt of a batch stay in the cache; the next batch, or the next call,
-  goes on from what it shares with them. Memory grows with the tokens of a batch, never with the number of queries.
+- Prompts are sorted, so that those which share their first tokens stand together; a batch is one tree of
+  tokens (`prefix_tree.py`) and one forward pass: shared prefixes are computed once, label words hang below
+  their prompt as branches, and there is no padding.
+- The keys and values of the first prompt of a batch stay in the cache; the next batch, or the next call, goes
+  on from what it shares with them. Memory grows with the tokens of a batch, never with the number of queries.
 - A long unbranched beginning is computed apart, without a mask: attention kernels are faster where they know
   that the mask is causal.
-- In bfloat16 a logit near 20 is rounded to the nearest 0.125. The logits that matter (the likeliest tokens, and those of
-  the label words) are therefore computed again in float32 from the same hidden state.
+- In bfloat16 a logit near 20 is rounded to the nearest 0.125. The logits that matter (the likeliest tokens,
+  and those of the label words) are therefore computed again in float32 from the same hidden state.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,7 +54,9 @@ class TransformersBackend:
                 folder, dtype=self._dtype, attn_implementation="sdpa"
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"the model {model!r} could not be loaded: {str(error).splitlines()[0]}") from error
+            raise ModelError(
+                f"the model {model!r} could not be loaded: {str(error).splitlines()[0]}"
+            ) from error
         self._lm.to(self._device).eval()
         config = self._lm.config.get_text_config()
         _require_full_attention(model, config)
@@ -103,7 +105,11 @@ class TransformersBackend:
         return LabelScores(result[distinct.position], usage)
 
     def sequence_logprobs(
-        self, prompts: Sequence[TokenIds], continuations: Sequence[TokenIds], *, progress: Progress | None = None
+        self,
+        prompts: Sequence[TokenIds],
+        continuations: Sequence[TokenIds],
+        *,
+        progress: Progress | None = None,
     ) -> tuple[list[Float[np.ndarray, " tokens"]], Usage]:
         """Log-probability of each token of `continuations[i]` after `prompts[i]`, in nats.
 
@@ -153,7 +159,9 @@ class TransformersBackend:
             part = [sorted_arrays[i] for i in batch]
             hidden, cost = self._forward(part, nothing, keep_tree=True)
             streams = [np.random.default_rng([seed, row]) for row in rows]
-            finished, steps = self._decode(hidden[:, 0], cost, streams, list(terminator), max_new_tokens, temperature)
+            finished, steps = self._decode(
+                hidden[:, 0], cost, streams, list(terminator), max_new_tokens, temperature
+            )
             computed += cost.computed_tokens + steps.computed_tokens
             forwards += cost.forwards + steps.forwards
             for row, item in zip(rows, finished, strict=True):
@@ -165,7 +173,7 @@ class TransformersBackend:
 
     @torch.inference_mode()
     def _forward(
-        self, prompts: Sequence[Int[np.ndarray, " length"]], words: WordTree, *, keep_tree: bool = False
+        self, prompts: Sequence[Int[np.ndarray, " _"]], words: WordTree, *, keep_tree: bool = False
     ) -> "tuple[torch.Tensor, _Cost]":
         """Hidden states `(prompts, predicting nodes, width)` of a batch of prompts, sorted."""
         trunk = min(common_prefix(prompts[0], prompt) for prompt in (prompts[0], prompts[-1]))
@@ -218,7 +226,9 @@ class TransformersBackend:
         node_row = np.searchsorted(words.predicting, words.edge_nodes)
         tokens = torch.from_numpy(words.edge_tokens).to(self._device)
         rows = torch.from_numpy(node_row).to(self._device)
-        return np.stack([self._at(states, rows, tokens).cpu().numpy().astype(np.float64) for states in hidden])
+        return np.stack(
+            [self._at(states, rows, tokens).cpu().numpy().astype(np.float64) for states in hidden]
+        )
 
     def _at(self, states: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probability of `tokens[i]` after the state `rows[i]`."""
@@ -227,7 +237,9 @@ class TransformersBackend:
             inside = (rows >= begin) & (rows < begin + _HEAD_ROWS)
             logits = self._logits(states[begin : begin + _HEAD_ROWS], rows[inside] - begin, tokens[inside])
             normaliser = logits.logsumexp(dim=-1)
-            pieces.append((inside, logits[rows[inside] - begin, tokens[inside]] - normaliser[rows[inside] - begin]))
+            pieces.append(
+                (inside, logits[rows[inside] - begin, tokens[inside]] - normaliser[rows[inside] - begin])
+            )
         result = torch.empty(len(tokens), device=self._device)
         for inside, values in pieces:
             result[inside] = values
@@ -302,7 +314,7 @@ class TransformersBackend:
 
     @torch.inference_mode()
     def _logits_are_head_of_hidden(self) -> bool:
-        """Whether the model's logits are its output layer on its last hidden state, without scaling or capping."""
+        """Whether the logits are the output layer on the last hidden state, without scaling or capping."""
         ids = torch.arange(4, device=self._device)[None]
         hidden = self._lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
         return bool(torch.equal(self._head(hidden), self._lm(input_ids=ids, use_cache=False).logits))
@@ -316,13 +328,13 @@ class _Cost(NamedTuple):
     forwards: int
     visible: torch.Tensor | None
     positions: Int[np.ndarray, " sequences"] | None
-    first: Int[np.ndarray, " length"]
+    first: Int[np.ndarray, " _"]
 
 
 class _Distinct(NamedTuple):
     """Prompts, each once, sorted."""
 
-    arrays: list[Int[np.ndarray, " length"]]
+    arrays: list[Int[np.ndarray, " _"]]
     counts: list[int]
     position: Int[np.ndarray, " prompts"]
 
@@ -345,13 +357,13 @@ class _Cache:
         self.kv = self._new()
         self.tokens = np.empty(0, dtype=np.int64)
 
-    def keep(self, prefix: Int[np.ndarray, " length"]) -> int:
+    def keep(self, prefix: Int[np.ndarray, " _"]) -> int:
         """Drop what does not begin `prefix`; how many tokens are left."""
         shared = common_prefix(self.tokens, prefix)
         self.crop(len(self.tokens) - shared, prefix[:shared])
         return shared
 
-    def crop(self, count: int, tokens: Int[np.ndarray, " length"]) -> None:
+    def crop(self, count: int, tokens: Int[np.ndarray, " _"]) -> None:
         """Drop the last `count` tokens; `tokens` are those that remain."""
         if not len(tokens):
             self.kv = self._new()

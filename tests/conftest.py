@@ -1,0 +1,29 @@
+"""What all tests share: no model hub, the shared datasets, and a reason where models are missing."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything imports the libraries that read them: no test may use the network.
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+
+def pytest_collection_modifyitems(items):
+    from icl_compiler.models import EMBEDDED
+
+    commands = [model.install_command for model in EMBEDDED.values() if not model.installed]
+    if commands:
+        missing = pytest.mark.skip(reason=f"needs the embedded models: {' && '.join(commands)}")
+        for item in items:
+            if item.get_closest_marker("models"):
+                item.add_marker(missing)
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of real datasets, which are other people's and therefore not in the repository."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"the shared datasets are not at {folder}")
+    return folder
