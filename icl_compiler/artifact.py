@@ -42,17 +42,13 @@ def save_program(program: Program, folder: Path) -> None:
 
     ours = is_artifact(folder, kind="program")
     if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtifactError(
-            f"{folder} exists and is not a program; choose another name, or remove it yourself"
-        )
+        raise ArtifactError(f"{folder} exists and is not a program; choose another name, or remove it yourself")
     with new_folder(folder) as draft:
         (draft / "template.jinja").write_text(program.template.template.source, encoding="utf-8")
         data = program.pool.data
         rows = zip(data.texts, data.answers, strict=True)
         lines = [json.dumps({"text": text, "answer": answer}, ensure_ascii=False) for text, answer in rows]
-        (draft / "pool.jsonl").write_text(
-            "".join(line + "\n" for line in lines), encoding="utf-8", newline="\n"
-        )
+        (draft / "pool.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8", newline="\n")
         arrays = {"tokens": program.pool.tokens, "offsets": program.pool.offsets}
         save_file(arrays, draft / "shots.safetensors")
         (draft / "index").mkdir()
@@ -83,9 +79,7 @@ def load_program(folder: Path) -> Program:
     try:
         return _read_program(folder, manifest)
     except (KeyError, IndexError, TypeError, ValueError, FileNotFoundError, SafetensorError) as error:
-        raise ArtifactError(
-            f"{folder} does not hold what a program holds ({error}); compile it again"
-        ) from error
+        raise ArtifactError(f"{folder} does not hold what a program holds ({error}); compile it again") from error
 
 
 def _read_program(folder: Path, manifest: dict[str, Any]) -> Program:
@@ -160,11 +154,7 @@ class new_folder:
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     """Write the manifest of the files in `folder`, with the hash of each and of itself."""
-    files = {
-        path.relative_to(folder).as_posix(): _sha256(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    files = {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     manifest = {"icl_compiler": version("icl-compiler"), "format": FORMAT, **content, "files": files}
     manifest["sha256"] = _digest(manifest)
     text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
@@ -179,42 +169,30 @@ def read_manifest(folder: Path, *, kind: str) -> dict[str, Any]:
     """
     path = folder / _MANIFEST
     if not folder.is_dir():
-        raise ArtifactError(
-            f"there is no {kind} {str(folder)!r}: expected a folder that {_maker(kind)} wrote"
-        )
+        raise ArtifactError(f"there is no {kind} {str(folder)!r}: expected a folder that {_maker(kind)} wrote")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found, form, files = manifest["kind"], int(manifest["format"]), dict(manifest["files"])
     except FileNotFoundError as error:
-        raise ArtifactError(
-            f"{folder} is no {kind}: {_MANIFEST} is missing; {_maker(kind)} writes one"
-        ) from error
+        raise ArtifactError(f"{folder} is no {kind}: {_MANIFEST} is missing; {_maker(kind)} writes one") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"{path} is damaged ({error}); make the {kind} again with {_maker(kind)}"
-        ) from error
+        raise ArtifactError(f"{path} is damaged ({error}); make the {kind} again with {_maker(kind)}") from error
     if form > FORMAT:
         raise ArtifactError(
-            f"{folder} has format {form}, and this version of icl-compiler reads up to {FORMAT}; "
-            "upgrade icl-compiler"
+            f"{folder} has format {form}, and this version of icl-compiler reads up to {FORMAT}; upgrade icl-compiler"
         )
     if found != kind:
         raise ArtifactError(f"{folder} is a {found}, not a {kind}")
     claimed = manifest.pop("sha256", None)
     if claimed != _digest(manifest):
-        raise ArtifactError(
-            f"{path} was changed after it was written; make the {kind} again with {_maker(kind)}"
-        )
+        raise ArtifactError(f"{path} was changed after it was written; make the {kind} again with {_maker(kind)}")
     for name, digest in files.items():
         file = folder / name
         if not file.is_file():
-            raise ArtifactError(
-                f"{folder}: the file {name} is missing; make the {kind} again with {_maker(kind)}"
-            )
+            raise ArtifactError(f"{folder}: the file {name} is missing; make the {kind} again with {_maker(kind)}")
         if _sha256(file) != digest:
             raise ArtifactError(
-                f"{folder}: the file {name} was changed after it was written; "
-                f"make the {kind} again with {_maker(kind)}"
+                f"{folder}: the file {name} was changed after it was written; make the {kind} again with {_maker(kind)}"
             )
     result: dict[str, Any] = manifest
     return result

@@ -44,9 +44,7 @@ def main() -> None:
 @click.argument("data")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the program.")
 @model_option
-@click.option(
-    "--encoder", default="minilm", show_default=True, metavar="NAME", help="Model of sentence embeddings."
-)
+@click.option("--encoder", default="minilm", show_default=True, metavar="NAME", help="Model of sentence embeddings.")
 @click.option(
     "--template",
     metavar="NAME",
@@ -59,15 +57,9 @@ def main() -> None:
     metavar="NAME",
     help=f"How shots are found: {', '.join(RETRIEVERS)}, or package.module:Class.",
 )
-@click.option(
-    "--shots", default=16, show_default=True, type=click.IntRange(min=0), help="Most shots in a prompt."
-)
-@click.option(
-    "--budget", default=1024, show_default=True, type=click.IntRange(min=1), help="Most tokens in a prompt."
-)
-@click.option(
-    "--examples", type=click.IntRange(min=1), help="Rows of DATA to use, label-balanced.  [default: all]"
-)
+@click.option("--shots", default=16, show_default=True, type=click.IntRange(min=0), help="Most shots in a prompt.")
+@click.option("--budget", default=1024, show_default=True, type=click.IntRange(min=1), help="Most tokens in a prompt.")
+@click.option("--examples", type=click.IntRange(min=1), help="Rows of DATA to use, label-balanced.  [default: all]")
 @click.option("--test", metavar="DATA", help="Rows whose text stands in this file are removed from the pool.")
 @column_options
 @seed_option
@@ -98,9 +90,7 @@ def compile_command(
     from icl_compiler.compile import compile_program
     from icl_compiler.data import load_dataset, load_texts
 
-    dataset = load_dataset(
-        data, text_column=text_column, label_column=label_column, target_column=target_column
-    )
+    dataset = load_dataset(data, text_column=text_column, label_column=label_column, target_column=target_column)
     warnings = list(dataset.warnings)
     if test is not None:
         dataset, dropped = dataset.without_texts(load_texts(test, text_column=text_column))
@@ -175,9 +165,7 @@ def show(program: Path, query: str, as_json: bool) -> None:
 @click.argument("texts", nargs=-1)
 @click.option("--file", "source", metavar="FILE", help="Texts in a data file, or one a line in a .txt file.")
 @click.option("--text-column", metavar="NAME", help="Column of the texts in FILE; guessed by its name.")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Write to this file.  [default: standard output]"
-)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write to this file.  [default: standard output]")
 @click.option(
     "--max-new-tokens",
     default=64,
@@ -316,9 +304,7 @@ class _writing:
     type=click.IntRange(min=1),
     help="Rows to train on.",
 )
-@click.option(
-    "--test", "n_test", default=500, show_default=True, type=click.IntRange(min=1), help="Rows to test on."
-)
+@click.option("--test", "n_test", default=500, show_default=True, type=click.IntRange(min=1), help="Rows to test on.")
 @seed_option
 def messages(output: Path, n_train: int, n_test: int, seed: int) -> None:
     """Write the demo's dataset: customer messages in 16 intents, whose true label probabilities are known."""
@@ -367,9 +353,7 @@ def models_list(as_json: bool) -> None:
             state = f"installed; `icl models get {row['name']}` converts it"
         else:
             state = f"missing: {row['install']}"
-        click.echo(
-            f"{row['name']:<14} {row['kind']:<15} {state}\n{'':<14} {row['description']}; {row['licence']}"
-        )
+        click.echo(f"{row['name']:<14} {row['kind']:<15} {state}\n{'':<14} {row['description']}; {row['licence']}")
     click.echo("A folder, or a name on the Hugging Face hub, works wherever a model is named.")
 
 

@@ -100,9 +100,7 @@ engine_options = options(
         help="Number format; auto is bfloat16 where the processor computes in it.",
     ),
 )
-seed_option = click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Random seed."
-)
+seed_option = click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Random seed.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 

@@ -99,9 +99,7 @@ def with_pool(program: Program, data: Dataset) -> Program:
             "no row is left in the program's pool: all of them stand in the test data too; "
             "evaluate on texts that the pool does not hold"
         )
-    index = new_retriever(
-        program.settings.retriever, encoder=program.settings.encoder, seed=program.settings.seed
-    )
+    index = new_retriever(program.settings.retriever, encoder=program.settings.encoder, seed=program.settings.seed)
     index.fit(data.texts)
     return replace(program, pool=encode_pool(program.template, data), retriever=index)
 
@@ -115,13 +113,9 @@ def without_rows(program: Program, texts: Collection[str]) -> tuple[Program, int
 def new_retriever(name: str, *, encoder: str, seed: int, trusted: bool = True) -> Retriever:
     """An empty retriever by its name in the table; `encoder` is loaded only if it is used."""
     found = resolve("retriever", RETRIEVERS, name, trusted=trusted)
-    lacking = [
-        part for part in ("score_meaning", "fit", "search", "save", "load") if not hasattr(found, part)
-    ]
+    lacking = [part for part in ("score_meaning", "fit", "search", "save", "load") if not hasattr(found, part)]
     if lacking:
-        raise RegistryError(
-            f"{name!r} is no retriever, it has no {', '.join(lacking)}; see retrievers/retriever.py"
-        )
+        raise RegistryError(f"{name!r} is no retriever, it has no {', '.join(lacking)}; see retrievers/retriever.py")
     made: Retriever = found(Resources(seed=seed, encoder=_encoder(encoder)))
     return made
 

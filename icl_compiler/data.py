@@ -29,8 +29,7 @@ TEXT_NAMES = (
     "headline title"
 )
 LABEL_NAMES = (
-    "label_text|label_name|label|labels intent|intent_name category class_name|class emotion sentiment topic "
-    "polarity y"
+    "label_text|label_name|label|labels intent|intent_name category class_name|class emotion sentiment topic polarity y"
 )
 TARGET_NAMES = (
     "target|targets|target_text output|outputs completion response|responses answer|answers summary "
@@ -121,9 +120,7 @@ class Dataset:
         """
         outside = [row for row in rows if not 0 <= row < len(self)]
         if outside:
-            raise DataError(
-                f"{self.source} has {len(self)} rows, indexed from 0; there is no row {outside[0]}"
-            )
+            raise DataError(f"{self.source} has {len(self)} rows, indexed from 0; there is no row {outside[0]}")
         texts, answers = tuple(self.texts[row] for row in rows), tuple(self.answers[row] for row in rows)
         return replace(self, texts=texts, answers=answers)
 
@@ -141,9 +138,7 @@ class Dataset:
         ['x', 'x', 'y', 'z']
         """
         if not 0 <= n <= len(self):
-            raise DataError(
-                f"{self.source} has {len(self)} rows; the number of examples must lie in 0 to that, is {n}"
-            )
+            raise DataError(f"{self.source} has {len(self)} rows; the number of examples must lie in 0 to that, is {n}")
         order = self._shuffled(seed)
         # Round after round, one row of each label that still has one. Sorting is stable.
         rounds = self._occurrences(order)
@@ -288,9 +283,7 @@ def load_dataset(
             "Fill them in, or remove these rows"
         )
     if missing and answer_name is not None:
-        warnings.append(
-            f"{_number(len(missing), 'row has', 'rows have')} no answer ({table.places(missing)})."
-        )
+        warnings.append(f"{_number(len(missing), 'row has', 'rows have')} no answer ({table.places(missing)}).")
 
     first: dict[tuple[str, str], int] = {}
     duplicates = [row for row in rows if first.setdefault((texts[row], answers[row] or ""), row) != row]
@@ -337,9 +330,7 @@ def load_texts(source: str | Path, *, text_column: str | None = None) -> tuple[s
     if name.lower().endswith(".txt"):
         return read_lines(source)
     table = read_table(source)
-    text_name = _named(name, table, text_column, "--text-column") or _guess(
-        table, TEXT_NAMES, set(), "text", []
-    )
+    text_name = _named(name, table, text_column, "--text-column") or _guess(table, TEXT_NAMES, set(), "text", [])
     if text_name is None:
         raise _no_column(name, table, "text", "--text-column")
     texts = _texts(name, table, text_name)
@@ -388,9 +379,7 @@ def _named(name: str, table: Table, column: str | None, option: str) -> str | No
         return column
     near = [other for other in table.names if _folded(other) == _folded(column)]
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ColumnError(
-        f"{name} has no column {column!r} ({option}); it has {listed(table.names) or 'none'}{hint}"
-    )
+    raise ColumnError(f"{name} has no column {column!r} ({option}); it has {listed(table.names) or 'none'}{hint}")
 
 
 def _guess(table: Table, names: str, taken: set[str], role: str, warnings: list[str]) -> str | None:

@@ -61,9 +61,7 @@ def _models() -> list[Finding]:
         if model.ready:
             findings.append(Finding(subject, "ok", "ready"))
         elif model.installed:
-            findings.append(
-                Finding(subject, "ok", f"installed; `icl models get {model.name}` converts it (25 s)")
-            )
+            findings.append(Finding(subject, "ok", f"installed; `icl models get {model.name}` converts it (25 s)"))
         else:
             findings.append(Finding(subject, "optional", "not installed", model.install_command))
     return findings
@@ -93,9 +91,7 @@ def _processor() -> Finding:
     try:
         import torch
     except (ImportError, OSError) as error:
-        return Finding(
-            "processor", "missing", f"torch does not load: {error}", "pip install --force-reinstall torch"
-        )
+        return Finding("processor", "missing", f"torch does not load: {error}", "pip install --force-reinstall torch")
     if torch.cuda.is_available():
         return Finding("processor", "ok", f"{torch.cuda.get_device_name()}, bfloat16")
     fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -86,9 +86,7 @@ def generate(n: int, *, seed: int) -> list[Message]:
     return messages
 
 
-def train_test(
-    n_train: int = 4000, n_test: int = 1000, *, seed: int = 0
-) -> tuple[list[Message], list[Message]]:
+def train_test(n_train: int = 4000, n_test: int = 1000, *, seed: int = 0) -> tuple[list[Message], list[Message]]:
     """`n_train` messages to learn from and `n_test` others, with no text in both.
 
     Raises:
@@ -243,9 +241,7 @@ class _Draft:
 
     def _expand(self, template: str, intent: str = "", other: str = "") -> str:
         while (choice := re.search(r"\(([^()]*)\)", template)) is not None:
-            template = (
-                template[: choice.start()] + self._pick(choice[1].split("|")) + template[choice.end() :]
-            )
+            template = template[: choice.start()] + self._pick(choice[1].split("|")) + template[choice.end() :]
         return re.sub(r"\{(\w+)\}", lambda slot: self._fill(slot[1], intent, other), template)
 
     def _fill(self, name: str, intent: str, other: str) -> str:

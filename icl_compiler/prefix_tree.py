@@ -72,9 +72,7 @@ class WordTree:
                     edges[path[:end]] = len(edge_tokens)
                     edge_nodes.append(nodes[path[: end - 1]])
                     edge_tokens.append(path[end - 1])
-            word_edges.append(
-                np.array([edges[path[:end]] for end in range(1, len(path) + 1)], dtype=np.int64)
-            )
+            word_edges.append(np.array([edges[path[:end]] for end in range(1, len(path) + 1)], dtype=np.int64))
         return cls(
             np.array(tokens, dtype=np.int64),
             np.array(parents, dtype=np.int64),
@@ -113,9 +111,7 @@ class PrefixTree:
     paths: tuple[Int[np.ndarray, " _"], ...]
 
     @classmethod
-    def build(
-        cls, sequences: Sequence[TokenIds | Int[np.ndarray, " length"]], *, start: int = 0
-    ) -> "PrefixTree":
+    def build(cls, sequences: Sequence[TokenIds | Int[np.ndarray, " length"]], *, start: int = 0) -> "PrefixTree":
         """Merge `sequences` from their token `start` on; before it they must agree.
 
         >>> tree = PrefixTree.build([[1, 2, 3], [1, 2, 4]])

@@ -122,8 +122,8 @@ class Program:
             room = self.settings.budget - head - len(query) - answer
             if room < 0:
                 raise BudgetError(
-                    f"the prompt for {_short(text)!r} has {head} tokens of instruction, {len(query)} of query and "
-                    f"up to {answer} of answer, {head + len(query) + answer} in all, and the budget is "
+                    f"the prompt for {_short(text)!r} has {head} tokens of instruction, {len(query)} of query "
+                    f"and up to {answer} of answer, {head + len(query) + answer} in all, and the budget is "
                     f"{self.settings.budget}; compile with a larger --budget, or shorten the text"
                 )
             if hits is None:
@@ -165,13 +165,9 @@ class Program:
         if chosen.itself:
             notes.append(f"{chosen.itself} row of the pool was left out because it is the query itself")
         if chosen.too_long:
-            notes.append(
-                f"{chosen.too_long} candidates were skipped because they did not fit the budget any more"
-            )
+            notes.append(f"{chosen.too_long} candidates were skipped because they did not fit the budget any more")
         if len(shots) < self.settings.shots:
-            notes.append(
-                f"{len(shots)} of at most {self.settings.shots} shots: no more fit, or there are no more"
-            )
+            notes.append(f"{len(shots)} of at most {self.settings.shots} shots: no more fit, or there are no more")
         decoded = self.template.tokenizer.decode(prompt.tokens)
         return Explanation(text, decoded, len(prompt.tokens), self.settings.budget, shots, notes)
 

@@ -317,9 +317,7 @@ def _read_json(path: Path) -> Table:
 
 def _object(path: Path, number: int, value: object, hint: str = "") -> dict[str, object]:
     if not isinstance(value, dict):
-        raise DataFormatError(
-            f'{path}, row {number}, is {kind(value)}, not an object like {{"text": ...}}{hint}'
-        )
+        raise DataFormatError(f'{path}, row {number}, is {kind(value)}, not an object like {{"text": ...}}{hint}')
     return value
 
 
@@ -350,9 +348,7 @@ def _read_parquet(path: Path) -> Table:
             try:
                 return _arrow_values(path, file.read(columns=[name]).column(name), class_names.get(name))
             except (pa.ArrowException, OSError) as error:
-                raise DataFormatError(
-                    f"{path}, column {name!r}, cannot be read: {_first_line(error)}"
-                ) from error
+                raise DataFormatError(f"{path}, column {name!r}, cannot be read: {_first_line(error)}") from error
 
         return Table(names, column, range(1, file.metadata.num_rows + 1), missing="null")
     except (pa.ArrowException, OSError) as error:
@@ -404,17 +400,13 @@ def _read_folder(path: Path, split: str | None) -> Table:
             f" A folder of CSV or JSONL files is read with hf:{path}"
         )
     elif split is not None:
-        raise DataError(
-            f"{path} holds one dataset without splits, so there is no split {split!r}; name the folder"
-        )
+        raise DataError(f"{path} holds one dataset without splits, so there is no split {split!r}; name the folder")
     import datasets
 
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever a damaged folder makes the library raise
-        raise DataFormatError(
-            f"{source} cannot be loaded as a saved dataset: {_first_line(error)}"
-        ) from error
+        raise DataFormatError(f"{source} cannot be loaded as a saved dataset: {_first_line(error)}") from error
     return _dataset_table(source, saved, missing="null")
 
 
@@ -422,9 +414,7 @@ def _saved_split(path: Path, split: str | None) -> str:
     try:
         splits = list(json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataFormatError(
-            f"{path / 'dataset_dict.json'} does not list the splits: {_first_line(error)}"
-        ) from error
+        raise DataFormatError(f"{path / 'dataset_dict.json'} does not list the splits: {_first_line(error)}") from error
     if split is None and "train" in splits:
         return "train"
     if split is None and len(splits) == 1:
@@ -441,25 +431,19 @@ def _read_hub(source: str) -> Table:
     # A colon inside brackets belongs to a slice: hf:NAME:train[:100].
     name, *rest = re.split(r":(?![^\[]*\])", source.removeprefix(HUB))
     if not name or len(rest) > 2 or (rest and not rest[-1]):
-        raise DataError(
-            f"{source!r} is not understood; expected hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"
-        )
+        raise DataError(f"{source!r} is not understood; expected hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
     config = rest[0] if len(rest) == 2 else None
     split = rest[-1] if rest else "train"
     path = Path(name)
     if path.is_file() or any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
-        raise DataError(
-            f"{source} is on this machine; name it without {HUB!r}, as {source.removeprefix(HUB)}"
-        )
+        raise DataError(f"{source} is on this machine; name it without {HUB!r}, as {source.removeprefix(HUB)}")
     import datasets
 
     try:
         loaded = datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # the library raises what its many parts raise
         raise DataError(_hub_failure(source, name, error)) from error
-    missing = (
-        "null, and in a CSV read through hf: also NA, None, nan or null; name a CSV file itself to keep these"
-    )
+    missing = "null, and in a CSV read through hf: also NA, None, nan or null; name a CSV file itself to keep these"
     return _dataset_table(source, loaded, missing)
 
 
@@ -474,9 +458,7 @@ def _hub_failure(source: str, name: str, error: Exception) -> str:
     elif "OfflineMode" in said:
         advice = f"there is no folder {name}, and offline mode forbids to ask the hub; unset HF_HUB_OFFLINE"
     elif "reach" in said:
-        advice = (
-            f"there is no folder {name}, and the hub cannot be reached; check the network, or name a file"
-        )
+        advice = f"there is no folder {name}, and the hub cannot be reached; check the network, or name a file"
     elif "gated" in said:
         advice = "accept its terms on the hub, then run: hf auth login"
     else:
@@ -523,11 +505,7 @@ def kind(value: object) -> str:
         list: "a list",
         dict: "an object",
     }
-    return (
-        "null"
-        if value is None
-        else f"{words.get(type(value), f'a {type(value).__name__}')} ({_short(value)})"
-    )
+    return "null" if value is None else f"{words.get(type(value), f'a {type(value).__name__}')} ({_short(value)})"
 
 
 def listed(values: Sequence[object] | dict[str, object]) -> str:
@@ -537,9 +515,7 @@ def listed(values: Sequence[object] | dict[str, object]) -> str:
     "'text', 'label'"
     """
     items = list(values)
-    return ", ".join(_short(item) for item in items[:20]) + (
-        f" and {len(items) - 20} more" if len(items) > 20 else ""
-    )
+    return ", ".join(_short(item) for item in items[:20]) + (f" and {len(items) - 20} more" if len(items) > 20 else "")
 
 
 def _short(value: object) -> str:

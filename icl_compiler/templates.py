@@ -93,8 +93,7 @@ class Template:
         for macro in _MACROS:
             if not callable(getattr(self._module, macro, None)):
                 raise TemplateError(
-                    f"template {self.name!r} defines no macro {macro!r}; "
-                    f"expected the macros {', '.join(_MACROS)}"
+                    f"template {self.name!r} defines no macro {macro!r}; expected the macros {', '.join(_MACROS)}"
                 )
         if not self.chat and not self.terminator:
             raise TemplateError(
@@ -109,9 +108,7 @@ class Template:
 
     @cached_property
     def _module(self) -> Any:
-        environment = ImmutableSandboxedEnvironment(
-            keep_trailing_newline=True, trim_blocks=True, autoescape=False
-        )
+        environment = ImmutableSandboxedEnvironment(keep_trailing_newline=True, trim_blocks=True, autoescape=False)
         try:
             return environment.from_string(self.source).module
         except Exception as error:  # a template is a foreign program: it may divide by zero
@@ -177,7 +174,7 @@ class EncodedTemplate:
             expected += [*content, *joint]
         if whole != expected:
             raise TemplateError(
-                "the model's tokenizer merges the ends of turns in its chat template with what stands in them; "
+                "the model's tokenizer merges the markup of its chat template with what stands in the turns; "
                 "use a plain template, such as `--template classify`"
             )
         end = next((i for i, token in enumerate(gap) if token in tokenizer.special_ids), None)

@@ -106,9 +106,7 @@ class HFTokenizer:
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, answer_next: bool) -> str:
         if self._tokenizer.chat_template is None:
-            raise TemplateError(
-                "this model has no chat template; use a plain one, such as `--template classify`"
-            )
+            raise TemplateError("this model has no chat template; use a plain one, such as `--template classify`")
         try:
             text: str = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=answer_next

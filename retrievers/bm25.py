@@ -37,7 +37,7 @@ class BM25:
             return
         # Rows without words may leave the index without a vocabulary; the mark is no word anybody asks for.
         words = [words or ["\0"] for words in _words(texts)]
-        # Sorted: left to itself the package numbers words in the order of their hashes, differently each time.
+        # Sorted: left to itself the package numbers words in the order of their hashes, which changes.
         numbers = {word: i for i, word in enumerate(sorted({word for row in words for word in row}))}
         self._index = bm25s.BM25()
         self._index.index(([[numbers[word] for word in row] for row in words], numbers), show_progress=False)

@@ -28,14 +28,10 @@ class Dense:
         """The `k` rows with the highest cosine; equal scores in the order of the rows."""
         k = min(k, len(self._vectors))
         if not texts or not k:
-            return Hits(
-                np.empty((len(texts), k), dtype=np.int64), np.empty((len(texts), k), dtype=np.float32)
-            )
+            return Hits(np.empty((len(texts), k), dtype=np.int64), np.empty((len(texts), k), dtype=np.float32))
         scores, ids = self._index.search(self._encoder.encode(texts), k)
         order = np.lexsort((ids, -scores), axis=1)
-        return Hits(
-            np.take_along_axis(ids.astype(np.int64), order, axis=1), np.take_along_axis(scores, order, axis=1)
-        )
+        return Hits(np.take_along_axis(ids.astype(np.int64), order, axis=1), np.take_along_axis(scores, order, axis=1))
 
     def save(self, folder: Path) -> None:
         """Write the vectors; the index over them is exact and is built again in no time."""

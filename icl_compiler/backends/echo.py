@@ -38,9 +38,7 @@ class EchoBackend:
         progress: Progress | None = None,
     ) -> LabelScores:
         """See the module: smoothed counts of each label word in each prompt."""
-        counts = np.array(
-            [[1 + _count(prompt, word) for word in label_words] for prompt in prompts], dtype=float
-        )
+        counts = np.array([[1 + _count(prompt, word) for word in label_words] for prompt in prompts], dtype=float)
         counts = counts.reshape(len(prompts), len(label_words))
         if progress is not None:
             progress(len(prompts))

@@ -50,13 +50,9 @@ class TransformersBackend:
         folder = locate(model)
         transformers_logging.disable_progress_bar()
         try:
-            self._lm: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=self._dtype, attn_implementation="sdpa"
-            )
+            self._lm: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=self._dtype, attn_implementation="sdpa")
         except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(
-                f"the model {model!r} could not be loaded: {str(error).splitlines()[0]}"
-            ) from error
+            raise ModelError(f"the model {model!r} could not be loaded: {str(error).splitlines()[0]}") from error
         self._lm.to(self._device).eval()
         config = self._lm.config.get_text_config()
         _require_full_attention(model, config)
@@ -159,9 +155,7 @@ class TransformersBackend:
             part = [sorted_arrays[i] for i in batch]
             hidden, cost = self._forward(part, nothing, keep_tree=True)
             streams = [np.random.default_rng([seed, row]) for row in rows]
-            finished, steps = self._decode(
-                hidden[:, 0], cost, streams, list(terminator), max_new_tokens, temperature
-            )
+            finished, steps = self._decode(hidden[:, 0], cost, streams, list(terminator), max_new_tokens, temperature)
             computed += cost.computed_tokens + steps.computed_tokens
             forwards += cost.forwards + steps.forwards
             for row, item in zip(rows, finished, strict=True):
@@ -226,9 +220,7 @@ class TransformersBackend:
         node_row = np.searchsorted(words.predicting, words.edge_nodes)
         tokens = torch.from_numpy(words.edge_tokens).to(self._device)
         rows = torch.from_numpy(node_row).to(self._device)
-        return np.stack(
-            [self._at(states, rows, tokens).cpu().numpy().astype(np.float64) for states in hidden]
-        )
+        return np.stack([self._at(states, rows, tokens).cpu().numpy().astype(np.float64) for states in hidden])
 
     def _at(self, states: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probability of `tokens[i]` after the state `rows[i]`."""
@@ -237,9 +229,7 @@ class TransformersBackend:
             inside = (rows >= begin) & (rows < begin + _HEAD_ROWS)
             logits = self._logits(states[begin : begin + _HEAD_ROWS], rows[inside] - begin, tokens[inside])
             normaliser = logits.logsumexp(dim=-1)
-            pieces.append(
-                (inside, logits[rows[inside] - begin, tokens[inside]] - normaliser[rows[inside] - begin])
-            )
+            pieces.append((inside, logits[rows[inside] - begin, tokens[inside]] - normaliser[rows[inside] - begin]))
         result = torch.empty(len(tokens), device=self._device)
         for inside, values in pieces:
             result[inside] = values

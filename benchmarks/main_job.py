@@ -1,0 +1,75 @@
+"""The main job on four real datasets, by the commands a user would type; about an hour on 2 cores.
+
+    python -m benchmarks main_job [FOLDER OF THE DATASETS]
+
+For each dataset: a program and two references (two seeds) are made from the same 1,200 labelled rows, 120 of which the references
+hold out; the gap is measured on 200 test rows drawn at random. Rows are appended to `benchmarks/rows/main_job.jsonl`, one
+object a line; a dataset that stands there is not measured again. At the end the table of `docs/results.md` is printed.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROWS = HERE / "rows" / "main_job.jsonl"
+DATASETS = ("banking77", "mr", "subj", "clinc150_oos")
+WORK = Path("bench-main-job")
+COLUMNS = ("dataset", "series", "gap", "accuracy", "agreement", "ECE", "label mass", "tokens/query", "s/query")
+
+
+def commands(data: Path, name: str) -> list[list[str]]:
+    train, test, work = str(data / name / "train.jsonl"), str(data / name / "test.jsonl"), WORK / name
+    finetune = ["icl", "finetune", train, "--examples", "1200", "--first-layer", "20", "--epochs", "3"]
+    finetune += ["--learning-rate", "3e-4"]
+    references = [work / f"reference-{seed}" for seed in (0, 1)]
+    return [
+        ["icl", "compile", train, "-o", str(work / "program"), "--examples", "1200"],
+        *([*finetune, "--seed", str(seed), "-o", str(folder)] for seed, folder in enumerate(references)),
+        ["icl", "evaluate", str(work / "program"), "--data", test, "--queries", "200", "-o", str(work / "report.html")]
+        + [part for folder in references for part in ("--reference", str(folder))]
+        + ["--rows", str(ROWS)],
+    ]
+
+
+def measured() -> list[dict[str, object]]:
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    def cell(row: dict[str, object], column: str) -> str:
+        if column == "gap":
+            return f"{row['gap']:.3f} [{row['gap_low']:.3f}, {row['gap_high']:.3f}]"
+        keys = {"ECE": "ece", "label mass": "label_mass"}
+        keys |= {"tokens/query": "computed_tokens_per_query", "s/query": "seconds_per_query"}
+        value = row.get(keys.get(column, column))
+        if isinstance(value, float):
+            return f"{value:.0f}" if column == "tokens/query" else f"{value:.2f}"
+        return "" if value is None else str(value)
+
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(cell(row, column) for column in COLUMNS) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    data = Path(arguments[0]) if arguments else HERE.parent.parent / "shared" / "data"
+    if not data.is_dir():
+        sys.exit(f"there are no datasets at {data}; name the folder that holds {', '.join(DATASETS)}")
+    ROWS.parent.mkdir(exist_ok=True)
+    for name in DATASETS:
+        if any(row["dataset"] == name for row in measured()):
+            continue
+        (WORK / name).mkdir(parents=True, exist_ok=True)
+        for command in commands(data, name):
+            output = Path(command[command.index("-o") + 1])
+            if command[1] != "evaluate" and output.is_dir():
+                continue
+            print("$", " ".join(command), flush=True)
+            subprocess.run(command, check=True)
+    print(table(measured()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
