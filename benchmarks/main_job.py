@@ -1,6 +1,6 @@
 """The main job on four real datasets, by the commands a user would type; about an hour on 2 cores.
 
-    python -m benchmarks main_job [FOLDER OF THE DATASETS]
+    ICL_DATASETS=FOLDER python -m benchmarks main_job
 
 For each dataset: a program and two references (two seeds) are made from the same 1,200 labelled rows, 120 of which the references
 hold out; the gap is measured on 200 test rows drawn at random. Rows are appended to `benchmarks/rows/main_job.jsonl`, one
@@ -8,6 +8,7 @@ object a line; a dataset that stands there is not measured again. At the end the
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,10 +54,10 @@ def table(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> None:
-    data = Path(arguments[0]) if arguments else HERE.parent.parent / "shared" / "data"
+def main() -> None:
+    data = Path(os.environ.get("ICL_DATASETS", HERE.parent.parent / "shared" / "data"))
     if not data.is_dir():
-        sys.exit(f"there are no datasets at {data}; name the folder that holds {', '.join(DATASETS)}")
+        sys.exit(f"there are no datasets at {data}; set ICL_DATASETS to the folder that holds {', '.join(DATASETS)}")
     ROWS.parent.mkdir(exist_ok=True)
     for name in DATASETS:
         if any(row["dataset"] == name for row in measured()):
@@ -72,4 +73,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -323,8 +323,8 @@ def _refusal_times(
         surplus = sample[start:stop] - means[:, None]
         stakes = [np.minimum(bets[start:stop], LARGEST_BET * largest), *(bet * largest for bet in FIXED_BETS)]
         factors = np.stack([1 + stake * surplus for stake in stakes])
-        factors[..., 0] *= wealth
         with np.errstate(over="ignore", under="ignore"):
+            factors[..., 0] *= wealth
             paths = factors.cumprod(axis=-1)
             reached = paths.sum(axis=0) >= target
         new = (times == len(sample)) & reached.any(axis=1)

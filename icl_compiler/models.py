@@ -17,9 +17,13 @@ from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from icl_compiler.errors import MissingDependencyError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,24 @@ def locate(name: str) -> str:
             "a folder with config.json, or a hub name like 'organisation/model'"
         )
     return name
+
+
+def load_causal_lm(name: str, dtype: "torch.dtype") -> "PreTrainedModel":
+    """The language model `name` with its weights in `dtype`, on the processor.
+
+    Raises:
+        ModelError: if there is no such model, or its weights cannot be read.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    folder = locate(name)
+    logging.disable_progress_bar()
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"the model {name!r} could not be loaded: {str(error).splitlines()[0]}") from error
+    return model
 
 
 def _is_model(folder: Path) -> bool:

@@ -57,9 +57,10 @@ class HFTokenizer:
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(model))
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # the library has no errors of its own for a damaged file
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ModelError(
-                f"no tokenizer could be loaded from {str(model)!r} ({str(error).splitlines()[0]}); "
+                f"no tokenizer could be loaded from {str(model)!r} ({reason}); "
                 "expected a folder with tokenizer files, a name on the model hub, or one of `icl models list`"
             ) from error
 

@@ -25,7 +25,7 @@ class Dense:
         self._set(self._encoder.encode(texts))
 
     def search(self, texts: Sequence[str], k: int) -> Hits:
-        """The `k` rows with the highest cosine; equal scores in the order of the rows."""
+        """The `k` rows with the highest cosine, equal ones in the order of the rows."""
         k = min(k, len(self._vectors))
         if not texts or not k:
             return Hits(np.empty((len(texts), k), dtype=np.int64), np.empty((len(texts), k), dtype=np.float32))

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ class Check(NamedTuple):
     seconds: float
 
 
+@runtime_checkable
 class Trainable(Protocol):
     """What the loop needs of a method."""
 

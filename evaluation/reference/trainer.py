@@ -17,8 +17,8 @@ from evaluation.reference.loop import Check, LoopSettings, Report, train
 from icl_compiler.artifact import is_artifact, new_folder, read_manifest, write_manifest
 from icl_compiler.compile import DEFAULT_TEMPLATES, load_tokenizer, zero_shot_program
 from icl_compiler.data import Dataset
-from icl_compiler.errors import ArtifactError, ModelError, TrainingError
-from icl_compiler.models import locate
+from icl_compiler.errors import ArtifactError, TrainingError
+from icl_compiler.models import load_causal_lm, locate
 from icl_compiler.predictor import PromptedPredictor, open_backend
 from icl_compiler.templates import EncodedTemplate, Template
 
@@ -75,8 +75,6 @@ def finetune(
         TrainingError: if there is too little data, or the loss is not finite.
         ArtifactError: if `folder` is something else than a reference, or cannot be written.
     """
-    from transformers import AutoModelForCausalLM
-
     settings = settings or LoopSettings()
     if data.task != "classification":
         raise TrainingError("references are trained on labels; this dataset has targets")
@@ -96,14 +94,8 @@ def finetune(
     tokenizer = load_tokenizer(model)
     encoded = EncodedTemplate.build(text_template, tokenizer, data.labels)
     encoded.label_words()
-    location = locate(model)
     torch.manual_seed(settings.seed)
-    try:
-        network: Any = AutoModelForCausalLM.from_pretrained(
-            location, dtype=torch.float32, attn_implementation="sdpa"
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"the model {model!r} could not be loaded: {str(error).splitlines()[0]}") from error
+    network: Any = load_causal_lm(model, torch.float32)
     gpu = torch.cuda.is_available()
     network.to("cuda" if gpu else "cpu").train()
     method = FullFineTuning(
@@ -117,7 +109,7 @@ def finetune(
     name = "full fine-tuning" if first_layer == 0 else f"fine-tuning from layer {first_layer} on"
     with new_folder(folder) as draft:
         network.to(torch.bfloat16).save_pretrained(draft)
-        _save_tokenizer(location, draft)
+        _save_tokenizer(locate(model), draft)
         (draft / "template.jinja").write_text(text_template.source, encoding="utf-8")
         write_manifest(
             draft,

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 
 from icl_compiler.backends.backend import Generation, Generations, LabelScores, Progress, Usage
 from icl_compiler.errors import BackendError, ContextLengthError, ModelError
-from icl_compiler.models import locate
+from icl_compiler.models import load_causal_lm
 from icl_compiler.prefix_tree import PrefixTree, WordTree, common_prefix, plan_batches
 from icl_compiler.tokenizer import TokenIds
 
@@ -39,20 +39,12 @@ class TransformersBackend:
     """
 
     def __init__(self, model: str, dtype: str = "auto", *, tree_tokens: int | None = None) -> None:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging as transformers_logging
-
         self.model = model
         gpu = torch.cuda.is_available()
         self._dtype = _choose_dtype(dtype, gpu=gpu)
         self._device = torch.device("cuda" if gpu else "cpu")
         self.device = f"{self._device.type}, {str(self._dtype).removeprefix('torch.')}"
-        folder = locate(model)
-        transformers_logging.disable_progress_bar()
-        try:
-            self._lm: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=self._dtype, attn_implementation="sdpa")
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"the model {model!r} could not be loaded: {str(error).splitlines()[0]}") from error
+        self._lm: Any = load_causal_lm(model, self._dtype)
         self._lm.to(self._device).eval()
         config = self._lm.config.get_text_config()
         _require_full_attention(model, config)

@@ -1,0 +1,127 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_model import save_tiny_model
+from transformers import AutoTokenizer
+
+from evaluation.evaluate import ask_references, evaluate
+from evaluation.reference.loop import LoopSettings
+from evaluation.reference.trainer import finetune, load_reference, same_labels
+from icl_compiler.compile import compile_program
+from icl_compiler.data import Dataset
+from icl_compiler.errors import ArtifactError, EvaluationError, TrainingError
+from icl_compiler.models import locate
+from icl_compiler.predictor import open_backend
+
+pytestmark = pytest.mark.models
+
+COLOURS, ANIMALS = ("red", "blue", "green", "black"), ("dog", "cat", "cow", "fox")
+
+
+def words(count: int, seed: int) -> Dataset:
+    """Which of two kinds of word stands at the end: easy enough for a model of two layers."""
+    rng = np.random.default_rng(seed)
+    texts = [f"{i} {rng.choice(COLOURS if i % 2 else ANIMALS)}" for i in range(1000 * seed, 1000 * seed + count)]
+    labels = tuple("colour" if i % 2 else "animal" for i in range(count))
+    return Dataset(tuple(texts), labels, "classification", "words")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random model with the vocabulary and the tokenizer of SmolLM2."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("tiny"), vocabulary=49152, scale=0.1)
+    AutoTokenizer.from_pretrained(locate("smollm2-135m")).save_pretrained(folder)
+    return str(folder)
+
+
+SETTINGS = LoopSettings(epochs=8, batch_size=16, learning_rate=1e-2, patience=20)
+
+
+@pytest.fixture(scope="module")
+def references(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folders = []
+    for seed in (0, 1):
+        folder = tmp_path_factory.mktemp("references") / f"seed-{seed}"
+        finetune(words(140, 1), folder, model=tiny, settings=LoopSettings(**{**SETTINGS.__dict__, "seed": seed}))
+        folders.append(folder)
+    return folders
+
+
+def test_really_learns_and_reloads_the_same(references: list[Path]) -> None:
+    reference = load_reference(references[0])
+    test = words(60, 2)
+    said = reference.predictor(dtype="float32").predict(test.texts)
+    right = np.mean([said.labels[i] == answer for i, answer in zip(said.best, test.answers, strict=True)])
+    assert right > 0.9
+    assert said.other.mean() < 0.1
+    again = load_reference(references[0]).predictor(dtype="float32").predict(test.texts)
+    np.testing.assert_array_equal(said.probabilities, again.probabilities)
+    assert reference.curve[0].held_out_loss > 2 * min(check.held_out_loss for check in reference.curve)
+    assert (reference.seed, reference.examples, reference.method) == (0, 126, "full fine-tuning")
+
+
+def test_a_changed_weight_file_is_refused(references: list[Path], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in references[0].iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    load_reference(copy)
+    weights = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(ArtifactError, match=r"model\.safetensors was changed"):
+        load_reference(copy)
+
+
+def test_evaluation_rows_of_a_whole_run(tiny: str, references: list[Path]) -> None:
+    pool, test = words(80, 3), words(30, 2)
+    pool = Dataset((*pool.texts, test.texts[0]), (*pool.answers, "animal"), "classification", "words")
+    program = compile_program(pool, model=tiny, retriever="bm25", shots=3, budget=200)
+    answers = ask_references([load_reference(folder) for folder in references], test)
+    series = ("random shots", "zero shots", "floor", "scoring noise")
+    result = evaluate(program, open_backend("transformers", tiny), answers, test, dataset_name="words", series=series)
+    rows = {row["series"]: row for row in result.rows}
+    assert set(rows) == {"program", *series}
+    for row in rows.values():
+        assert 0 <= row["gap_low"] <= row["gap"] <= row["gap_high"] <= 1
+    assert rows["floor"]["gap"] < 0.2 < rows["program"]["gap"], "two trainings agree, an untrained model does not"
+    assert rows["scoring noise"]["gap"] < 0.02
+    assert rows["program"]["n_examples"] == 80
+    assert rows["program"]["shots_per_query"] == 3
+    assert "1 rows of the pool stand in the test data too" in result.warnings[0]
+    assert json.loads(json.dumps(result.rows)) == result.rows
+    assert result.worst[0]["tv"] == max(query["tv"] for query in result.worst)
+    assert test.texts[0] in {query["text"] for query in result.worst} or len(result.worst) == 10
+
+
+def test_other_labels_are_refused(tiny: str, references: list[Path]) -> None:
+    other = Dataset(("x", "y"), ("colour", "plant"), "classification", "other")
+    program = compile_program(other, model=tiny, retriever="bm25")
+    answers = ask_references([load_reference(references[0])], words(4, 2))
+    with pytest.raises(EvaluationError, match="only the first has 'plant'; only the second has 'animal'"):
+        evaluate(program, open_backend("echo", "echo"), answers, words(4, 2), dataset_name="words")
+
+
+def test_bad_training_data(tiny: str, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="2 labels have no example left to train on"):
+        data = Dataset(("x", "y", "z"), ("a", "b", "c"), "classification", "three")
+        finetune(data, tmp_path / "r", model=tiny, held_out=0.6)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("keep me")
+    with pytest.raises(ArtifactError, match="is not a reference"):
+        finetune(words(40, 1), tmp_path / "mine", model=tiny)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "keep me"
+
+
+def test_a_diverging_run_leaves_nothing_behind(tiny: str, tmp_path: Path) -> None:
+    settings = LoopSettings(epochs=2, learning_rate=float("inf"))
+    with pytest.raises(TrainingError, match="learning-rate"):
+        finetune(words(40, 1), tmp_path / "r", model=tiny, settings=settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_label_sets_in_words() -> None:
+    many = tuple(str(i) for i in range(9))
+    assert same_labels(many, ("0",)) == "only the first has '1', '2', '3', '4', '5' and 3 more"
+
