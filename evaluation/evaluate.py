@@ -1,11 +1,12 @@
 """One evaluation: a program against its reference, with the baselines without which a gap says nothing.
 
 - The reference is asked once; every series is compared with the same answers.
-- The floor is a second reference, trained with another seed; the scoring noise is the program itself scored again on some of
-  the queries, in batches of another composition.
+- The floor is a second reference, trained with another seed; the scoring noise is the program itself scored again on
+  some of the queries, in batches of another composition.
 - Results are rows (plain dictionaries, one per series); the report is made from them and nothing else.
 """
 
+import os
 import platform
 import subprocess
 from collections.abc import Callable, Collection, Sequence
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool
 
-from evaluation.gap import Gap, calibration_error, gap, truth
+from evaluation.gap import Gap, calibration_error, gap, require_known
 from evaluation.intervals import clopper_pearson
 from evaluation.neighbours import NeighboursVote
 from evaluation.reference.trainer import Reference, same_labels
@@ -26,7 +28,7 @@ from icl_compiler.compile import new_retriever, without_rows, zero_shot_program
 from icl_compiler.data import Dataset
 from icl_compiler.errors import EvaluationError
 from icl_compiler.predictor import Predictions, PromptedPredictor
-from icl_compiler.program import Program
+from icl_compiler.program import Program, Prompt
 
 Row = dict[str, object]
 ProgressFor = Callable[[str, int], Progress | None]
@@ -59,8 +61,14 @@ def ask_references(
     """The answer laws of the references on the texts of `data`; the first is the one to approximate.
 
     Raises:
-        EvaluationError: if their labels differ.
+        EvaluationError: if their labels differ, or two of them have the same seed.
     """
+    seeds = [reference.seed for reference in references]
+    if len(set(seeds)) < len(seeds):
+        raise EvaluationError(
+            f"the references have the seeds {', '.join(map(str, seeds))}; the floor is the distance of two that were "
+            "trained with different seeds: give each --reference its own (`icl finetune --seed`)"
+        )
     answers = []
     for reference in references:
         if difference := same_labels(references[0].labels, reference.labels):
@@ -96,7 +104,7 @@ def evaluate(
             f"the program and the reference have other labels ({difference}, the first being the program); "
             "compile and fine-tune on the same labels"
         )
-    right = truth(program.labels, data.answers)
+    require_known(program.labels, data.answers)
     warnings = []
     program, dropped = without_rows(program, data.texts)
     if dropped:
@@ -108,18 +116,17 @@ def evaluate(
         return asked.predict(texts, progress=progress(name, len(texts)) if progress else None)
 
     def row(series: str, said: Predictions, compared: Gap, **more: object) -> Row:
-        correct = _reorder(said, program.labels).argmax(axis=1) == right[: len(said.probabilities)]
+        correct = _same(_labels(said), data.answers)
         return {
             "series": series,
             **_common(program, backend, answers, data, dataset_name, level),
             **_gap_columns(compared, len(said.probabilities)),
             **_answer_columns(said, correct, level),
-            "agreement": float(np.mean(_names(said) == _names(answers.first))),
+            "agreement": float(np.mean(_same(_labels(said), _labels(answers.first)))),
             **more,
         }
 
-    reference_correct = _reorder(answers.first, program.labels).argmax(axis=1) == right
-    reference_accuracy = float(reference_correct.mean())
+    reference_accuracy = float(np.mean(_same(_labels(answers.first), data.answers)))
     prompts = program.prompts(data.texts)
     shots = float(np.mean([len(prompt.selection.rows) for prompt in prompts]))
     said = ask("program", PromptedPredictor(program, backend), data.texts)
@@ -187,7 +194,7 @@ def _gap_columns(compared: Gap, queries: int) -> Row:
     return {"gap": compared.mean, "gap_low": low, "gap_high": high, "n_queries": queries}
 
 
-def _answer_columns(said: Predictions, correct: np.ndarray, level: float) -> Row:
+def _answer_columns(said: Predictions, correct: Bool[np.ndarray, " texts"], level: float) -> Row:
     count = len(correct)
     low, high = clopper_pearson(int(correct.sum()), count, delta=1 - level)
     return {
@@ -202,12 +209,13 @@ def _answer_columns(said: Predictions, correct: np.ndarray, level: float) -> Row
     }
 
 
-def _reorder(said: Predictions, labels: Sequence[str]) -> np.ndarray:
-    return said.probabilities[:, [said.labels.index(label) for label in labels]]
+def _same(first: Sequence[str], second: Sequence[str]) -> Bool[np.ndarray, " texts"]:
+    return np.array([a == b for a, b in zip(first, second, strict=True)], dtype=bool)
 
 
-def _names(said: Predictions) -> np.ndarray:
-    return np.array(said.labels)[said.best]
+def _labels(said: Predictions) -> list[str]:
+    """The likeliest label of each text."""
+    return [said.labels[i] for i in said.best]
 
 
 def _with_random_shots(program: Program) -> Program:
@@ -232,12 +240,11 @@ def _worst(
     reference: Predictions,
     compared: Gap,
     data: Dataset,
-    prompts: Sequence[object],
+    prompts: Sequence[Prompt],
     count: int,
 ) -> list[dict[str, object]]:
     rows = []
     for i in np.argsort(-compared.per_query, kind="stable")[:count].tolist():
-        tokens = prompts[i].tokens  # type: ignore[attr-defined]  # Sequence[Prompt], read here only
         rows.append(
             {
                 "text": data.texts[i],
@@ -247,7 +254,7 @@ def _worst(
                 "reference_label": reference.labels[reference.best[i]],
                 "reference_probability": float(reference.probabilities[i].max()),
                 "tv": float(compared.per_query[i]),
-                "prompt": program.template.tokenizer.decode(tokens),
+                "prompt": program.template.tokenizer.decode(prompts[i].tokens),
             }
         )
     return rows
@@ -268,9 +275,7 @@ def commit() -> str | None:
 
 
 def machine() -> str:
-    """Processor, cores and system, in words."""
-    import os
-
+    """Processor and cores, in words."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

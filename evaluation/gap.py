@@ -1,14 +1,15 @@
 """The gap: total variation between two predictors' answer laws, its mean over queries, and an interval.
 
-The outcomes are the labels and "other" (all other continuations); the total variation over them is exact for each query, so that
-the only uncertainty is which queries were drawn. The mean over queries is the total variation of the joint law of
-query and answer; |accuracy difference| of sampled answers is at most the gap.
+The outcomes are the labels and "other" (all other continuations); the total variation over them is exact for each
+query, so that the only uncertainty is which queries were drawn. The mean over queries is the total variation of the
+joint law of query and answer; |accuracy difference| of sampled answers is at most the gap.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 
 from evaluation.intervals import Interval, betting
 from evaluation.tv import tv_distance, with_other
@@ -64,11 +65,13 @@ def calibration_error(
     return float(np.abs(total).sum() / len(confidences))
 
 
-def truth(labels: tuple[str, ...], answers: tuple[str, ...]) -> Int64[np.ndarray, " queries"]:
-    """Position of each true label.
+def require_known(labels: Sequence[str], answers: Sequence[str]) -> None:
+    """Check that every label of the test data is one of the program's.
 
     Raises:
-        EvaluationError: if a label of the test data is none of the program's.
+        EvaluationError: if one is not; the message names some.
+
+    >>> require_known(("a", "b"), ("b", "b", "a"))
     """
     unknown = sorted(set(answers) - set(labels))
     if unknown:
@@ -77,5 +80,3 @@ def truth(labels: tuple[str, ...], answers: tuple[str, ...]) -> Int64[np.ndarray
             f"the test data has {len(unknown)} labels that the program does not know ({shown}); "
             "evaluate on the labels it was compiled for"
         )
-    position = {label: i for i, label in enumerate(labels)}
-    return np.array([position[answer] for answer in answers], dtype=np.int64)

@@ -62,7 +62,8 @@ def test_frozen_part_has_no_gradient_and_the_rest_the_same(model: torch.nn.Modul
     assert model.base_model.layers[0].mlp.down_proj.weight.grad is None
     assert model.get_input_embeddings().weight.grad is None
     moving = sum(p.numel() for p in trained.parameters())
-    assert moving == sum(p.numel() for p in [*model.base_model.layers[1].parameters(), *model.base_model.norm.parameters()])
+    upper = [*model.base_model.layers[1].parameters(), *model.base_model.norm.parameters()]
+    assert moving == sum(parameter.numel() for parameter in upper)
 
 
 def test_no_such_layer(model: torch.nn.Module) -> None:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from evaluation.gap import calibration_error, gap, truth
+from evaluation.gap import calibration_error, gap, require_known
 from icl_compiler.backends.backend import Usage
 from icl_compiler.errors import EvaluationError
 from icl_compiler.predictor import Predictions
@@ -53,4 +53,4 @@ def test_calibration_error_of_a_calibrated_predictor_is_small() -> None:
 
 def test_unknown_test_label_is_named() -> None:
     with pytest.raises(EvaluationError, match=r"1 labels that the program does not know \('c'\)"):
-        truth(("a", "b"), ("a", "c"))
+        require_known(("a", "b"), ("a", "c"))

@@ -103,6 +103,11 @@ def test_other_labels_are_refused(tiny: str, references: list[Path]) -> None:
         evaluate(program, open_backend("echo", "echo"), answers, words(4, 2), dataset_name="words")
 
 
+def test_two_references_of_one_seed_are_no_floor(references: list[Path]) -> None:
+    with pytest.raises(EvaluationError, match="the seeds 0, 0"):
+        ask_references([load_reference(references[0])] * 2, words(4, 2))
+
+
 def test_bad_training_data(tiny: str, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="2 labels have no example left to train on"):
         data = Dataset(("x", "y", "z"), ("a", "b", "c"), "classification", "three")

@@ -85,7 +85,7 @@ class FullFineTuning:
         targets = torch.tensor([token for e in examples for token in e.answer], device=self._device)
         token_losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
         lengths = [len(example.answer) for example in examples]
-        return torch.stack([part.sum() for part in token_losses.split(lengths)])
+        return torch.stack([part.sum() for part in torch.split(token_losses, lengths)])
 
     @torch.no_grad()
     def _lower_output(
