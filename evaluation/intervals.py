@@ -66,14 +66,12 @@ def hoeffding(values: Float[np.ndarray, " values"], *, delta: float = 0.05, side
     return _clipped(float(sample.mean()), radius, side)
 
 
-def empirical_bernstein(
-    values: Float[np.ndarray, " values"], *, delta: float = 0.05, side: Side = "both"
-) -> Interval:
+def empirical_bernstein(values: Float[np.ndarray, " values"], *, delta: float = 0.05, side: Side = "both") -> Interval:
     """Interval for the mean that shrinks with the sample variance V.
 
     An end at level a lies sqrt(2 V ln(2/a) / n) + 7 ln(2/a) / (3 (n - 1)) from the mean; a is delta, or
-    delta/2 for two ends. One value alone gives [0, 1]. Holds for independent values in [0, 1] with a common
-    mean. Source: Maurer and Pontil 2009 (arXiv 0907.3740), theorem 4.
+    delta/2 for two ends. One value alone gives [0, 1]. For i.i.d. values.
+    Source: Maurer and Pontil 2009 (arXiv 0907.3740), theorem 4.
 
     Raises:
         EvaluationError: no values, a value outside [0, 1] or NaN, `delta` outside (0, 1).
@@ -205,16 +203,12 @@ def bootstrap_mean(
     rows = max(1, 2**20 // len(sample))
     for start in range(0, resamples, rows):
         chunk = min(rows, resamples - start)
-        means[start : start + chunk] = sample[rng.integers(len(sample), size=(chunk, len(sample)))].mean(
-            axis=1
-        )
+        means[start : start + chunk] = sample[rng.integers(len(sample), size=(chunk, len(sample)))].mean(axis=1)
     low, high = np.quantile(means, [level, 1 - level])
     return Interval(float(low), float(high))
 
 
-def n_star(
-    sizes: Int[np.ndarray, " sizes"], uppers: Float[np.ndarray, " sizes"], *, epsilon: float
-) -> int | None:
+def n_star(sizes: Int[np.ndarray, " sizes"], uppers: Float[np.ndarray, " sizes"], *, epsilon: float) -> int | None:
     """The smallest size from which on the gap is claimed to be at most `epsilon`, or None.
 
     Fixed-sequence test: from the largest size downward, claim a size while its upper bound is at most
@@ -232,9 +226,7 @@ def n_star(
     if len(sizes) == 0 or bool((np.diff(sizes) <= 0).any()):
         raise EvaluationError(f"sizes should be at least one and strictly increasing, are {sizes.tolist()}")
     if bool(np.isnan(uppers).any()):
-        raise EvaluationError(
-            f"an upper bound is NaN: {uppers.tolist()}; give 1.0 where nothing was measured"
-        )
+        raise EvaluationError(f"an upper bound is NaN: {uppers.tolist()}; give 1.0 where nothing was measured")
     claimed: int | None = None
     for size, upper in zip(sizes[::-1].tolist(), uppers[::-1].tolist(), strict=True):
         if upper > epsilon:

@@ -57,9 +57,7 @@ def tv_distance(
     """
     for name, rows in (("p", p), ("q", q)):
         sums = rows.sum(axis=1, dtype=np.float64)
-        _check_rows(
-            name, rows, np.abs(sums - 1) <= TOLERANCE, "1 within 1e-6; is the outcome 'other' missing?"
-        )
+        _check_rows(name, rows, np.abs(sums - 1) <= TOLERANCE, "1 within 1e-6; is the outcome 'other' missing?")
     distances = np.empty(len(p))
     step = max(1, CHUNK // max(1, p.shape[1]))
     for start in range(0, len(p), step):
@@ -196,35 +194,32 @@ def topk_bounds(
     *,
     p_ceiling: float | None = None,
     q_ceiling: float | None = None,
-    vocabulary: int | None = None,
 ) -> Interval:
     """Interval for TV(P, Q), within [0, 1], that holds for all laws with these top-k probabilities.
 
     `p` and `q` map tokens to probabilities. No token outside `p` is more likely under P than `p_ceiling`: by
     default the smallest one listed; give that of the k-th if `p` holds further tokens (vLLM adds the sampled
-    one). Without `vocabulary`, the number of tokens, it is taken as unlimited, which widens the interval. The
-    low end is attained, the high end where the vocabulary has room for two separate tails; the width is at
-    most the mass of both tails. For a mean over queries take an interval's low end from the low ends, its
-    high end from the high ends. Source: overlap sum min(P, Q) = 1 - TV as a linear programme.
+    one). The low end is attained, the high end where the vocabulary has room for two separate tails; the width
+    is at most the mass of both tails. For a mean over queries take an interval's low end from the low ends, its
+    high end from the high ends.
+    Source: overlap sum min(P, Q) = 1 - TV as a linear programme. The number of tokens does not enter: listed
+    tokens at their ceilings leave no more tail than the others can hold.
 
     Raises:
-        NotADistributionError: nothing listed, a negative or NaN entry, a sum above 1.001, or a tail that does
-            not fit below the ceiling.
+        NotADistributionError: nothing listed, a negative or NaN entry, a sum above 1.001.
+        EvaluationError: a ceiling outside [0, 1].
 
     >>> low, high = topk_bounds({0: 0.5, 1: 0.2, 2: 0.1}, {0: 0.4, 1: 0.3, 3: 0.12})
     >>> round(low, 6), round(high, 6)
     (0.12, 0.4)
     """
-    p, p_rest, p_ceiling = _listed("p", p, p_ceiling, vocabulary)
-    q, q_rest, q_ceiling = _listed("q", q, q_ceiling, vocabulary)
+    p, p_rest, p_ceiling = _listed("p", p, p_ceiling)
+    q, q_rest, q_ceiling = _listed("q", q, q_ceiling)
     shared = sum(min(p[token], q[token]) for token in p.keys() & q.keys())
-    # The overlap that Q's tail can have with tokens listed for P alone, and the other way round.
-    on_p = min(q_rest, sum(min(p[token], q_ceiling) for token in p.keys() - q.keys()))
-    on_q = min(p_rest, sum(min(q[token], p_ceiling) for token in q.keys() - p.keys()))
-    unlisted = math.inf
-    if vocabulary is not None:
-        unlisted = (vocabulary - len(p.keys() | q.keys())) * min(p_ceiling, q_ceiling)
-    overlap = shared + on_p + on_q + min(p_rest - on_q, q_rest - on_p, unlisted)
+    # What Q's tail can overlap of the tokens listed for P alone, and the other way round.
+    on_p = sum(min(p[token], q_ceiling) for token in p.keys() - q.keys())
+    on_q = sum(min(q[token], p_ceiling) for token in q.keys() - p.keys())
+    overlap = shared + min(p_rest + on_p, q_rest + on_q, p_rest + q_rest)
     return Interval(min(1.0, max(0.0, 1 - overlap)), min(1.0, max(0.0, 1 - shared)))
 
 
@@ -323,9 +318,7 @@ def _check_ratios(name: str, ratios: Float[np.ndarray, "*shape"], *, impossible:
     if bool(np.isnan(ratios).any()):
         raise EvaluationError(f"{name} has NaN: is a sample impossible under both models, or padding not 0?")
     if bool((ratios == impossible).any()):
-        raise EvaluationError(
-            f"{name} has {impossible}, impossible for a sample of its own law: P and Q swapped?"
-        )
+        raise EvaluationError(f"{name} has {impossible}, impossible for a sample of its own law: P and Q swapped?")
 
 
 def _check_tvs(token_tv: Float[np.ndarray, "*shape"]) -> None:
@@ -339,9 +332,7 @@ def _check_least(name: str, values: Float[np.ndarray, "*shape"], *, most: float 
         raise EvaluationError(f"{name} should be in [0, {most}], has {wrong}")
 
 
-def _listed(
-    name: str, law: Mapping[int, float], ceiling: float | None, vocabulary: int | None
-) -> tuple[dict[int, float], float, float]:
+def _listed(name: str, law: Mapping[int, float], ceiling: float | None) -> tuple[dict[int, float], float, float]:
     # The law without rounding excess, the mass of its tail, and the most that one token of the tail can have.
     total = math.fsum(law.values())
     if not law or not min(law.values()) >= 0 or not total <= 1 + EXCESS:
@@ -349,12 +340,8 @@ def _listed(
             f"{name} lists {len(law)} probabilities with sum {total}, expected at least one, none negative, "
             f"with a sum of at most {1 + EXCESS}"
         )
-    ceiling = min(law.values()) if ceiling is None else ceiling
-    rest = max(0.0, 1 - total)
-    if vocabulary is not None and rest > (vocabulary - len(law)) * ceiling + EXCESS:
-        raise NotADistributionError(
-            f"{name} leaves {rest} to {vocabulary - len(law)} tokens of at most {ceiling} each, which cannot "
-            "hold it: are all of the top k listed, is the ceiling that of the k-th?"
-        )
+    if ceiling is not None and not 0 <= ceiling <= 1:
+        raise EvaluationError(f"{name}_ceiling should be a probability, is {ceiling}")
     scale = max(1.0, total)
-    return {token: mass / scale for token, mass in law.items()}, rest, ceiling
+    masses = {token: mass / scale for token, mass in law.items()}
+    return masses, max(0.0, 1 - total), min(masses.values()) if ceiling is None else ceiling

@@ -23,9 +23,7 @@ def mean_distance(estimates, law):
     return 0.5 * np.abs(estimates - law).sum(axis=-1).mean()
 
 
-@pytest.mark.parametrize(
-    ("outcomes", "expected"), [(2, 185), (6, 357), (77, 2819), (150, 5349), (50_000, 1_277_492)]
-)
+@pytest.mark.parametrize(("outcomes", "expected"), [(2, 185), (6, 357), (77, 2819), (150, 5349), (50_000, 1_277_492)])
 def test_n_tv_values(outcomes, expected):
     assert bounds.n_tv(outcomes, **USUAL) == expected
 
@@ -114,6 +112,12 @@ def test_mean_of_the_empirical_law():
     assert measured == pytest.approx(bounds.minimax_tv(2000, 77), rel=0.01)
     assert round(bounds.minimax_tv(2000, 77), 4) == 0.0778
     assert bounds.assouad_lower(2000, 77) < measured < bounds.mean_tv(2000, 77)
+
+
+def test_laplace_is_the_bound_through_kl():
+    kl = math.log(1 + 76 / 501)
+    assert bounds.laplace_tv(500, 77) == pytest.approx(math.sqrt(1 - math.exp(-kl)))
+    assert bounds.laplace_avg(500, 3, 77) == pytest.approx(math.sqrt(3 * 76 / 501))
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 60])

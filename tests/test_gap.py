@@ -37,6 +37,13 @@ def test_wider_level_wider_interval() -> None:
     assert wide.low < narrow.low < narrow.high < wide.high
 
 
+def test_a_file_sorted_by_label_has_the_interval_of_a_shuffled_one() -> None:
+    laws = [(1.0, 0.0)] * 150 + [(0.0, 1.0)] * 150
+    found = gap(said(("a", "b"), *laws), said(("a", "b"), *[(1.0, 0.0)] * 300)).interval
+    assert found.low < 0.5 < found.high
+    assert found.high - found.low < 0.2
+
+
 def test_other_labels_are_no_gap() -> None:
     with pytest.raises(EvaluationError, match="same labels and texts"):
         gap(said(("a", "b"), (0.5, 0.5)), said(("a", "c"), (0.5, 0.5)))

@@ -105,12 +105,12 @@ def test_betting_against_plain_loops(law):
 
 @pytest.mark.parametrize("law", ["bernoulli .5", "beta .05", "two points"])
 def test_confidence_sequence_against_plain_loops(law):
-    values = LAWS[law][0](np.random.default_rng(4), 60)
+    values = LAWS[law][0](np.random.default_rng(4), 150)
     lows, _ = confidence_sequence(values, side="lower")
     bets = loop_bets(values, 0.05, lambda t: t * math.log(1 + t))
     fixed = [0.9 / 2**k for k in range(5)]
     highest = 0.0
-    for t in range(1, 61):
+    for t in range(1, 151):
         for m in np.arange(1, 2000) / 2000:
             if m <= highest:
                 continue
@@ -150,9 +150,7 @@ def test_closed_forms_cover(method, law):
     assert np.mean([low <= mean <= high for low, high in intervals]) >= least_coverage(runs)
 
 
-@pytest.mark.parametrize(
-    "law", ["bernoulli .05", "bernoulli .5", "beta .05", "two points", "near 0", "toy markov"]
-)
+@pytest.mark.parametrize("law", ["bernoulli .05", "bernoulli .5", "beta .05", "two points", "near 0", "toy markov"])
 def test_confidence_sequence_covers_at_every_stopping_time(law):
     draw, mean = LAWS[law]
     runs = 200
