@@ -19,7 +19,10 @@ ROWS = HERE / "rows" / "main_job.jsonl"
 DATASETS = {"banking77": 3, "mr": 2, "subj": 2, "clinc150_oos": 3}
 """Each dataset with its epochs of fine-tuning: two labels are learned in fewer than 77."""
 WORK = Path("bench-main-job")
-COLUMNS = ("dataset", "series", "gap", "accuracy", "agreement", "ECE", "label mass", "tokens/query", "s/query")
+COLUMNS = (
+    "dataset", "series", "gap", "accuracy", "reference accuracy", "agreement", "ECE", "label mass", "tokens/query",
+    "s/query",
+)  # fmt: skip
 
 
 def commands(data: Path, name: str) -> list[list[str]]:
@@ -44,7 +47,7 @@ def table(rows: list[dict[str, object]]) -> str:
     def cell(row: dict[str, object], column: str) -> str:
         if column == "gap":
             return f"{row['gap']:.3f} [{row['gap_low']:.3f}, {row['gap_high']:.3f}]"
-        keys = {"ECE": "ece", "label mass": "label_mass"}
+        keys = {"ECE": "ece", "label mass": "label_mass", "reference accuracy": "reference_accuracy"}
         keys |= {"tokens/query": "computed_tokens_per_query", "s/query": "seconds_per_query"}
         value = row.get(keys.get(column, column))
         if isinstance(value, float):
