@@ -49,9 +49,7 @@ def plots(group: Group) -> list[Plot]:
         if len({row.n_examples for row in rows if row.series == "program"} - {0, None}) > 1:
             rows, note = _at_budget(rows, head)
             caption = f"{meaning.format(better[0])}{note} Bars and bands are {bars}."
-            found.append(
-                Plot(f"{value.capitalize()} against number of examples", caption, _curve(rows, value))
-            )
+            found.append(Plot(f"{value.capitalize()} against number of examples", caption, _curve(rows, value)))
         elif rows:
             band = " The grey band is the floor." if any(row.series == "floor" for row in rows) else ""
             caption = f"{meaning.format(better[1])}{band} Bars are {bars}."
@@ -59,9 +57,7 @@ def plots(group: Group) -> list[Plot]:
             found.append(Plot(title, caption, _dots(rows, value)))
     budgets = {row.max_prompt_tokens for row in group.rows if row.series == "program" and row.gap is not None}
     if head is not None and len(budgets - {None}) > 1:
-        caption = (
-            "What a larger budget buys: tokens of the prompt, mean over queries. Bars and bands as above."
-        )
+        caption = "What a larger budget buys: tokens of the prompt, mean over queries. Bars and bands as above."
         found.insert(1, Plot("Gap against prompt tokens", caption, _budget_curve(group.rows, head)))
     return found
 
@@ -71,9 +67,7 @@ def _at_budget(rows: list[Measurement], head: Measurement | None) -> tuple[list[
     if head is None or len({row.max_prompt_tokens for row in rows if row.series == "program"}) < 2:
         return rows, ""
     having = {row.series for row in rows if row.max_prompt_tokens == head.max_prompt_tokens}
-    kept = [
-        row for row in rows if row.series not in having or row.max_prompt_tokens == head.max_prompt_tokens
-    ]
+    kept = [row for row in rows if row.series not in having or row.max_prompt_tokens == head.max_prompt_tokens]
     return kept, f" At the largest budget, {head.max_prompt_tokens:,} tokens."
 
 
@@ -125,9 +119,7 @@ def _budget_curve(rows: Sequence[Measurement], head: Measurement) -> Figure:
         if len({row.n_examples for row in level}) == 1:
             traces += [trace for row in level for trace in _level(series, row, "gap", ends)]
     for place, n in enumerate(reversed(sizes)):
-        line = sorted(
-            (row for row in programs if row.n_examples == n), key=lambda row: row.max_prompt_tokens or 0
-        )
+        line = sorted((row for row in programs if row.n_examples == n), key=lambda row: row.max_prompt_tokens or 0)
         x = [row.prompt_tokens_per_query or float(row.max_prompt_tokens or 1) for row in line]
         traces += _line(f"program, {n:,} examples", line, "gap", x, DASHES[place])
     axis = {
@@ -238,9 +230,7 @@ def _line(name: str, rows: Sequence[Measurement], value: str, x: Sequence[float]
     places: dict[object, list[tuple[float, float]]] = {}
     for row, at in zip(rows, x, strict=True):
         places.setdefault((row.n_examples, row.max_prompt_tokens), []).append((at, getattr(row, value)))
-    means = [
-        [sum(column) / len(points) for column in zip(*points, strict=True)] for points in places.values()
-    ]
+    means = [[sum(column) / len(points) for column in zip(*points, strict=True)] for points in places.values()]
     stroke = {"color": _colour(rows[0]), "width": 2.5, "dash": dash}
     named = {"name": name, "legendgroup": name, "legendrank": _rank(rows[0])}
     points: Figure = {
@@ -298,9 +288,7 @@ def _level(name: str, row: Measurement, value: str, ends: tuple[float, float]) -
 
 def _reference_line(rows: Sequence[Measurement], ends: tuple[float, float]) -> list[Figure]:
     """The accuracy of the reference: a level, or a line where it was trained on the same examples."""
-    known = {
-        row.n_examples: row.reference_accuracy for row in rows if row.series == "program" and row.n_examples
-    }
+    known = {row.n_examples: row.reference_accuracy for row in rows if row.series == "program" and row.n_examples}
     found = sorted((n, accuracy) for n, accuracy in known.items() if n and accuracy is not None)
     if not found:
         return []

@@ -10,14 +10,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from icl_compiler.command_line import (
-    column_options,
+    FiniteNumber,
+    OutputFile,
+    OutputFolder,
+    WholeNumber,
     engine_options,
     json_option,
+    label_column_option,
     model_option,
+    new_bar,
     print_json,
     progress_bar,
     say,
     seed_option,
+    template_option,
+    text_column_option,
 )
 
 if TYPE_CHECKING:
@@ -33,30 +40,29 @@ REPORT_TITLE = "Prompt or fine-tune?"
 
 @click.command()
 @click.argument("data")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the reference.")
-@model_option
-@click.option("--template", metavar="NAME", help="Name in prompts/ or path of a Jinja file; without shots.")
-@click.option("--examples", type=click.IntRange(min=2), help="Rows of DATA to use, label-balanced.  [default: all]")
-@click.option("--epochs", default=4, show_default=True, type=click.IntRange(min=1), help="Most passes over the data.")
 @click.option(
-    "--learning-rate", default=2e-4, show_default=True, type=click.FloatRange(min=0, min_open=True), help="Of AdamW."
+    "-o", "--output", type=OutputFolder(), required=True, help="Reference to write; one that is there is replaced."
 )
-@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(min=1), help="Examples a step.")
+@model_option
+@template_option
+@click.option("--examples", type=WholeNumber(min=2), show_default="all", help="Rows of DATA to use, label-balanced.")
+@click.option("--epochs", default=4, type=WholeNumber(min=1), help="Most passes over the rows.")
+@click.option("--learning-rate", default=2e-4, type=FiniteNumber(min=0, min_open=True), help="Of AdamW.")
+@click.option("--batch-size", default=16, type=WholeNumber(min=1), help="Rows a step.")
 @click.option(
     "--first-layer",
     default=0,
-    show_default=True,
-    type=click.IntRange(min=0),
-    help="Train from this layer on; 0 is the whole model. What lies below is computed once, which is faster.",
+    type=WholeNumber(min=0),
+    help="Train from this layer on; 0 trains the whole model. The layers below are computed once, which is faster.",
 )
 @click.option(
     "--held-out",
     default=0.1,
-    show_default=True,
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=FiniteNumber(0, 1, min_open=True, max_open=True),
     help="Share of the rows to stop early on, at most 200 rows.",
 )
-@column_options
+@text_column_option
+@label_column_option
 @seed_option
 @json_option
 def finetune(
@@ -72,20 +78,28 @@ def finetune(
     held_out: float,
     text_column: str | None,
     label_column: str | None,
-    target_column: str | None,
     seed: int,
     as_json: bool,
 ) -> None:
-    """Fine-tune the base model on DATA: the reference that a program is compared with.
+    """Fine-tune the model on DATA: a reference to compare with.
 
-    All weights are trained (or those from --first-layer on), with early stopping on held-out rows. The folder is an ordinary
-    checkpoint, which transformers and vLLM load. Train a second one with another --seed to measure the floor.
+    DATA is any labelled data that `icl compile` reads. All weights are trained (or those from --first-layer on),
+    with early stopping on held-out rows; a thousand short texts take minutes on a processor. The reference is a
+    folder, an ordinary checkpoint that transformers and vLLM load. A second one with another --seed measures the
+    floor: how far two fine-tunings are from each other.
+
+    \b
+      icl finetune train.csv -o reference
+      icl finetune train.csv -o reference-1 --seed 1
+      icl finetune train.csv -o quick --first-layer 20 --examples 500
     """
     from evaluation.reference.loop import LoopSettings
     from evaluation.reference.trainer import finetune as train_reference
+    from icl_compiler.artifact import require_replaceable
     from icl_compiler.data import load_dataset
 
-    dataset = load_dataset(data, text_column=text_column, label_column=label_column, target_column=target_column)
+    require_replaceable(output, kind="reference")
+    dataset = load_dataset(data, text_column=text_column, label_column=label_column)
     for warning in dataset.warnings:
         say(f"Warning: {warning}")
     if examples is not None:
@@ -129,30 +143,31 @@ def finetune(
     "--reference",
     "references",
     type=click.Path(path_type=Path),
+    metavar="FOLDER",
     multiple=True,
     required=True,
-    help="Folder of the fine-tuned reference. Give a second one, trained with another seed, to measure the floor.",
+    help="Folder that `icl finetune` wrote. Give a second one, trained with another seed, to measure the floor.",
 )
-@click.option("--data", required=True, metavar="DATA", help="Labelled test data: any source `icl compile` reads.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the report, one HTML file.")
-@click.option("--rows", type=click.Path(path_type=Path), help="Append the results to this file, one JSON object a line.")
-@click.option("--queries", type=click.IntRange(min=1), help="Test rows to ask, drawn at random.  [default: all]")
+@click.option("--data", required=True, metavar="DATA", help="Labelled test data, of any kind that `icl compile` reads.")
+@click.option("-o", "--output", type=OutputFile(), help="Write the report here, as one HTML file.")
+@click.option("--rows", type=OutputFile(), help="Append the results to this file, one JSON object a line.")
+@click.option("--queries", type=WholeNumber(min=1), show_default="all", help="Test rows to ask, drawn at random.")
 @click.option(
     "--examples",
-    type=click.IntRange(min=1),
+    type=WholeNumber(min=1),
     multiple=True,
-    help="Also measure with a pool of only this many rows; may be given several times.",
+    help="Measure also with a pool of only this many rows; may be given several times.",
 )
 @click.option(
     "--level",
     default=0.95,
-    show_default=True,
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=FiniteNumber(0, 1, min_open=True, max_open=True),
     help="Coverage of the intervals.",
 )
-@click.option("--baselines/--no-baselines", default=True, show_default=True, help="Measure the baselines too.")
+@click.option("--baselines/--no-baselines", default=True, help="Measure the baselines too.")
 @engine_options
-@column_options
+@text_column_option
+@label_column_option
 @seed_option
 @json_option
 def evaluate(
@@ -169,14 +184,20 @@ def evaluate(
     dtype: str,
     text_column: str | None,
     label_column: str | None,
-    target_column: str | None,
     seed: int,
     as_json: bool,
 ) -> None:
-    """Measure the gap: the total variation between PROGRAM and its fine-tuned reference, with an interval.
+    """Measure how far PROGRAM is from a fine-tuned reference.
 
-    Beside it stand the baselines: zero shots, random shots, the vote of the neighbours without a language model, the floor
-    (two references, two seeds) and the noise of scoring the same program twice.
+    The gap is the total variation between their answers to the test texts, with an interval: 0 where they answer
+    alike, 1 where they never do. Beside it stand the baselines: zero shots, random shots, the vote of the
+    neighbours without a language model, the floor (two references, two seeds) and the noise of scoring the same
+    program twice. Where the program was compiled from some of the test texts, these are left out of its pool.
+
+    \b
+      icl evaluate program --reference reference --data test.csv -o report.html
+      icl evaluate program --reference reference --reference reference-1 \\
+          --data test.csv --queries 200 --examples 100 --examples 1000
     """
     from evaluation.evaluate import BASELINES, ask_references
     from evaluation.reference.trainer import load_reference
@@ -184,14 +205,15 @@ def evaluate(
     from icl_compiler.data import load_dataset
     from icl_compiler.predictor import open_backend
 
-    if output is not None and not output.parent.is_dir():
-        raise click.UsageError(f"the folder of the report, {output.parent}, does not exist")
+    if output is not None and output.exists() and not output.is_file():
+        raise click.UsageError(f"{output} is a device or a pipe; expected the name of a file for the report")
     loaded = load_program(program)
     described = [load_reference(folder) for folder in references]
-    dataset = load_dataset(data, text_column=text_column, label_column=label_column, target_column=target_column)
+    dataset = load_dataset(data, text_column=text_column, label_column=label_column)
     warnings = list(dataset.warnings)
     dataset = draw(dataset, queries, seed=seed)
     sizes = pool_sizes(loaded, examples)
+    require_comparable(loaded, described, dataset)
     with _bars() as progress:
         answers = ask_references(described, dataset, dtype=dtype, progress=progress)
         engine = open_backend(backend, loaded.settings.model, dtype=dtype)
@@ -215,33 +237,44 @@ def evaluate(
 
 
 @click.command()
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder to write."
-)
-@click.option("--queries", default=100, show_default=True, type=click.IntRange(min=2), help="Test messages to ask.")
+@click.option("-o", "--output", type=OutputFolder(), default="demo", help="Folder to write.")
+@click.option("--queries", default=100, type=WholeNumber(min=2), help="Test messages to ask.")
 @click.option(
     "--train",
     "n_train",
     default=480,
-    show_default=True,
-    type=click.IntRange(min=64),
-    help="Messages that the references are fine-tuned on, and the most that the program gets.",
+    type=WholeNumber(min=64),
+    help="Messages to fine-tune on, and the most that the program gets.",
 )
 @seed_option
-def demo(output: Path, queries: int, n_train: int, seed: int) -> None:
-    """See the whole idea on the embedded models: about 8 minutes on 2 cores, without a network.
+@json_option
+def demo(output: Path, queries: int, n_train: int, seed: int, as_json: bool) -> None:
+    """See the whole idea on small models, in about 8 minutes.
 
-    Customer messages, made by code, are compiled into prompts for a frozen SmolLM2-135M; the same model is fine-tuned on them,
-    twice; the gap between the two is measured for several numbers of examples. Started again, it keeps what is trained.
+    Customer messages, made by code, are compiled into prompts for a frozen SmolLM2-135M; the same model is
+    fine-tuned on them, twice; the gap between the two is measured for several numbers of examples. Needs two
+    cores and no network. Started again, it keeps what is trained.
+
+    \b
+      icl demo
+      icl demo -o quick --queries 20 --train 64
     """
     from evaluation.evaluate import BASELINES, ask_references
     from icl_compiler.artifact import save_program
     from icl_compiler.compile import compile_program
     from icl_compiler.data import load_dataset
-    from icl_compiler.messages import train_test, write_jsonl
+    from icl_compiler.messages import MAX_MESSAGES, require_messages, train_test, write_jsonl
     from icl_compiler.predictor import open_backend
 
+    if queries + n_train > MAX_MESSAGES:
+        raise click.UsageError(
+            f"--queries and --train ask for {queries + n_train:,} messages; there are {MAX_MESSAGES:,} distinct ones"
+        )
     started = time.perf_counter()
+    if output.is_dir() and any(output.iterdir()) and not (output / "train.jsonl").exists():
+        raise click.UsageError(f"{output} holds other things than a demo; choose another folder")
+    for name in ("train.jsonl", "test.jsonl"):
+        require_messages(output / name)
     train, test = train_test(n_train, queries, seed=seed)
     output.mkdir(parents=True, exist_ok=True)
     write_jsonl(train, output / "train.jsonl")
@@ -271,7 +304,8 @@ def demo(output: Path, queries: int, n_train: int, seed: int) -> None:
         )
     rows = output / "rows.jsonl"
     rows.unlink(missing_ok=True)
-    finish(results, output / "report.html", rows, [], [f"icl demo --queries {queries} --train {n_train} --seed {seed}"])
+    command = f"icl demo --queries {queries} --train {n_train} --seed {seed}"
+    finish(results, output / "report.html", rows, [], [command], as_json=as_json)
     say(f"\nDone in {(time.perf_counter() - started) / 60:.1f} minutes. Open {output}/report.html in a browser.")
 
 
@@ -321,27 +355,54 @@ def finish(
     *,
     as_json: bool = False,
 ) -> None:
-    """Print the results, append the rows, write the report."""
+    """Print the results, append the rows, write the report: in this order, so that a full disk takes only the files."""
     from evaluation.report import write_report
     from evaluation.sentences import verdict_sentence
     from evaluation.summary import summary_lines
 
     rows = [row for result in results for row in result.rows]
+    for warning in warnings:
+        say(f"Warning: {warning}")
+    if as_json:
+        print_json({"rows": rows, "verdict": verdict_sentence(rows), "warnings": list(warnings)})
+    else:
+        for line in [*summary_lines(rows), "", *verdict_sentence(rows)]:
+            click.echo(line)
     if rows_file is not None:
         with rows_file.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if output is not None:
         worst = results[-1].worst
         write_report(output, rows, worst=worst, commands=commands, warnings=warnings, title=REPORT_TITLE)
-    for warning in warnings:
-        say(f"Warning: {warning}")
-    if as_json:
-        print_json({"rows": rows, "verdict": verdict_sentence(rows), "warnings": list(warnings)})
-        return
-    for line in [*summary_lines(rows), "", *verdict_sentence(rows)]:
-        click.echo(line)
-    if output is not None:
-        click.echo(f"\nReport: {output}")
+        if not as_json:
+            click.echo(f"\nReport: {output}")
+
+
+def require_comparable(program: "Program", references: "Sequence[Reference]", data: "Dataset") -> None:
+    """Find out before the models run, rather than after, what would end the evaluation.
+
+    Raises:
+        EvaluationError: if the labels of program, references and data differ.
+        BudgetError: if a text is too long for the program.
+        DataError: if all rows of the program's pool are test data.
+    """
+    from evaluation.gap import require_known
+    from evaluation.reference.trainer import same_labels
+    from icl_compiler.compile import without_rows
+    from icl_compiler.errors import EvaluationError
+
+    if program.task != "classification":
+        raise EvaluationError("this program generates texts, and only programs with labels can be evaluated")
+    for reference in references:
+        if difference := same_labels(program.labels, reference.labels):
+            difference = difference.replace("the first", "the program").replace("the second", "the reference")
+            raise EvaluationError(
+                f"the program and the reference {reference.folder} have other labels: {difference}; "
+                "compile and fine-tune on the same data"
+            )
+    require_known(program.labels, data.answers)
+    program.prompts(data.texts)
+    without_rows(program, data.texts)
 
 
 def draw(data: "Dataset", queries: int | None, *, seed: int) -> "Dataset":
@@ -400,9 +461,7 @@ def _demo_reference(pool: "Dataset", folder: Path, seed: int) -> "Reference":
 
 @contextmanager
 def _training_bar(description: str) -> "Iterator[Report]":
-    from tqdm import tqdm
-
-    with tqdm(desc=description, unit="step", delay=2, leave=False, dynamic_ncols=True) as bar:
+    with new_bar(description, "step") as bar:
 
         def report(step: int, steps: int, loss: float, held_out: float | None) -> None:
             bar.total = steps

@@ -131,9 +131,7 @@ def evaluate(
     shots = float(np.mean([len(prompt.selection.rows) for prompt in prompts]))
     said = ask("program", PromptedPredictor(program, backend), data.texts)
     compared = gap(said, answers.first, level=level)
-    rows = [
-        row("program", said, compared, shots_per_query=shots, reference_accuracy=reference_accuracy)
-    ]
+    rows = [row("program", said, compared, shots_per_query=shots, reference_accuracy=reference_accuracy)]
     predictors: dict[str, Callable[[], PromptedPredictor | NeighboursVote]] = {
         "random shots": lambda: PromptedPredictor(_with_random_shots(program), backend),
         "zero shots": lambda: PromptedPredictor(_without_shots(program), backend),
@@ -145,9 +143,7 @@ def evaluate(
             rows.append(row(name, other, gap(other, answers.first, level=level)))
     if "floor" in series:
         for reference, second in answers.floors:
-            rows.append(
-                row("floor", second, gap(second, answers.first, level=level), reference_seed=reference.seed)
-            )
+            rows.append(row("floor", second, gap(second, answers.first, level=level), reference_seed=reference.seed))
     if "scoring noise" in series:
         rows.append(_noise_row(rows[0], program, backend, said, data, level))
     worst_queries = _worst(program, said, answers.first, compared, data, prompts, worst)

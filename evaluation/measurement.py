@@ -164,10 +164,6 @@ def grouped(rows: Sequence[Measurement]) -> list[Group]:
             groups.append(Group(dataset or "the data", members))
             continue
         for model in models:
-            own = [
-                row
-                for row in members
-                if row.model in (None, model) or row.series in ("floor", "neighbours' vote")
-            ]
+            own = [row for row in members if row.model in (None, model) or row.series in ("floor", "neighbours' vote")]
             groups.append(Group(f"{dataset or 'the data'}, {model}", own))
     return groups

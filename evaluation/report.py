@@ -143,9 +143,7 @@ def write_report(
     """
     path = Path(path)
     if not path.parent.is_dir():
-        raise EvaluationError(
-            f"cannot write {path}: there is no folder {path.parent}; make it first, or name another"
-        )
+        raise EvaluationError(f"cannot write {path}: there is no folder {path.parent}; make it first, or name another")
     page = render(rows, worst=worst, commands=commands, warnings=warnings, title=title)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:

@@ -31,9 +31,7 @@ def verdict_sentence(rows: Sequence[Row]) -> list[str]:
     groups = grouped(measurements(rows))
     names = [f"{group.name}: " if len(groups) > 1 else "" for group in groups]
     return [
-        one_line(name + sentence)
-        for name, group in zip(names, groups, strict=True)
-        for sentence in sentences(group)
+        one_line(name + sentence) for name, group in zip(names, groups, strict=True) for sentence in sentences(group)
     ]
 
 
@@ -63,14 +61,11 @@ def headline(group: Group) -> str:
         return f"The gap is {_text(head)}. Whether that is much is open: the floor is not measured."
     gap, least = share(head.gap), share(floor.gap)
     return {
-        "above": f"The prompt does not match the fine-tuned model: its gap of {gap} is above the floor "
-        f"of {least}.",
+        "above": f"The prompt does not match the fine-tuned model: its gap of {gap} is above the floor of {least}.",
         "below": f"The prompt is closer to the fine-tuned model than a second fine-tuning is: "
         f"a gap of {gap}, below the floor of {least}.",
-        "overlap": f"The gap of {gap} is not above the floor of {least}, as far as "
-        f"{_queries(head, floor)} can tell.",
-        "unknown": f"The gap is {gap}, the floor {least}. Which is larger is open: an interval is "
-        "not measured.",
+        "overlap": f"The gap of {gap} is not above the floor of {least}, as far as {_queries(head, floor)} can tell.",
+        "unknown": f"The gap is {gap}, the floor {least}. Which is larger is open: an interval is not measured.",
     }[_order(head, floor)]
 
 
@@ -118,15 +113,11 @@ def sentences(group: Group) -> list[str]:
 
 def _gap_and_floor(head: Measurement, floor: Measurement | None) -> str:
     examples = f"With {head.n_examples:,} examples the" if head.n_examples is not None else "The"
-    reference = (
-        f"the fine-tuned reference ({head.reference})" if head.reference else "the fine-tuned reference"
-    )
+    reference = f"the fine-tuned reference ({head.reference})" if head.reference else "the fine-tuned reference"
     queries = f", on {head.n_queries:,} queries" if head.n_queries else ""
     apart = f"; two fine-tunings with different seeds are {_text(floor)} apart (the floor)" if floor else ""
     model = head.model or "model"
-    return (
-        f"{examples} prompted {model} is {_text(head)} in total variation from {reference}{queries}{apart}."
-    )
+    return f"{examples} prompted {model} is {_text(head)} in total variation from {reference}{queries}{apart}."
 
 
 def _against_floor(head: Measurement, floor: Measurement | None) -> str:
@@ -137,8 +128,7 @@ def _against_floor(head: Measurement, floor: Measurement | None) -> str:
         )
     return {
         "above": "The gap is above the floor: its whole interval lies above the floor's.",
-        "below": "The gap is below the floor: the prompt is closer to the reference than a second "
-        "fine-tuning is.",
+        "below": "The gap is below the floor: the prompt is closer to the reference than a second fine-tuning is.",
         "overlap": f"The gap is not above the floor as far as {_queries(head, floor)} can tell: the "
         "intervals overlap. That does not show that the two are equal.",
         "unknown": "Whether the gap is above the floor is open: an interval is not measured.",
@@ -186,9 +176,7 @@ def _closer(head: Measurement, other: Measurement) -> str:
     order = _order(nearer, further)
     if order == "below":
         return f"{_capital(near)} is closer to the reference ({_text(nearer)}) than {far} ({_text(further)})."
-    measured = (
-        f"{_capital(near)} has the smaller measured gap ({_text(nearer)}, against {_text(further)} for {far})"
-    )
+    measured = f"{_capital(near)} has the smaller measured gap ({_text(nearer)}, against {_text(further)} for {far})"
     if nearer.gap == further.gap:
         measured = f"{_capital(near)} and {far} have the same measured gap ({_text(nearer)})"
     if order == "unknown":
@@ -238,12 +226,8 @@ def _other_cells(group: Group, head: Measurement) -> list[str]:
         ("retriever", "the retriever {}"),
         ("reference", "the reference “{}”"),
     ):
-        others = [
-            row for row in _alike(group, head, but=field) if getattr(row, field) != getattr(head, field)
-        ]
-        named = [
-            f"{_text(row)} with {words.format(getattr(row, field))}" for row in others if getattr(row, field)
-        ]
+        others = [row for row in _alike(group, head, but=field) if getattr(row, field) != getattr(head, field)]
+        named = [f"{_text(row)} with {words.format(getattr(row, field))}" for row in others if getattr(row, field)]
         if named:
             found.append(f"All else equal, the gap is {joined(named)}.")
     seeds = _alike(group, head, but="seed")

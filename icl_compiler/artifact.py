@@ -12,9 +12,13 @@
 """
 
 import json
+import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from fcntl import LOCK_EX, flock
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -40,9 +44,7 @@ def save_program(program: Program, folder: Path) -> None:
     """
     from safetensors.numpy import save_file
 
-    ours = is_artifact(folder, kind="program")
-    if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtifactError(f"{folder} exists and is not a program; choose another name, or remove it yourself")
+    require_replaceable(folder, kind="program")
     with new_folder(folder) as draft:
         (draft / "template.jinja").write_text(program.template.template.source, encoding="utf-8")
         data = program.pool.data
@@ -86,6 +88,8 @@ def _read_program(folder: Path, manifest: dict[str, Any]) -> Program:
     from safetensors.numpy import load_file
 
     settings = Settings(**manifest["settings"])
+    if not all(isinstance(number, int) for number in (settings.shots, settings.budget, settings.seed)):
+        raise TypeError("shots, budget and seed should be whole numbers")
     template = Template(manifest["template"], (folder / "template.jinja").read_text(encoding="utf-8"))
     lines = (folder / "pool.jsonl").read_text(encoding="utf-8").split("\n")
     rows = [json.loads(line) for line in lines if line]
@@ -114,6 +118,23 @@ def is_artifact(folder: Path, *, kind: str | None = None) -> bool:
     return ours and kind in (None, manifest.get("kind"))
 
 
+def require_replaceable(folder: Path, *, kind: str) -> None:
+    """Check that `folder` may be written: it is not there, it is empty, or it is a `kind` and nothing else.
+
+    Raises:
+        ArtifactError: if something would be lost that is not of the `kind`.
+    """
+    if is_artifact(folder, kind=kind):
+        files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8")).get("files", {})
+        found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+        if others := sorted(set(found) - {*files, _MANIFEST}):
+            raise ArtifactError(
+                f"{folder} holds more than a {kind}, and {others[0]!r} would be lost; move it, or choose another name"
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArtifactError(f"{folder} exists and is not a {kind}; choose another name, or remove it yourself")
+
+
 class new_folder:
     """Context: an empty folder beside `target` that takes its place at the end.
 
@@ -121,14 +142,15 @@ class new_folder:
     """
 
     def __init__(self, target: Path) -> None:
-        self._target = target
+        self._name = target
+        self._target = target.resolve()
 
     def __enter__(self) -> Path:
         try:
             self._target.parent.mkdir(parents=True, exist_ok=True)
             self._scratch = Path(tempfile.mkdtemp(dir=self._target.parent, prefix=f".{self._target.name}-"))
         except OSError as error:
-            raise ArtifactError(f"{self._target} cannot be written: {error.strerror or error}") from error
+            raise ArtifactError(f"{self._name} cannot be written: {error.strerror or error}") from error
         draft = self._scratch / "new"
         draft.mkdir()
         return draft
@@ -138,9 +160,10 @@ class new_folder:
         failure = error
         try:
             if kind is None:
-                if self._target.exists():
-                    self._target.rename(old)
-                (self._scratch / "new").rename(self._target)
+                with _alone_in(self._target.parent):
+                    if self._target.exists():
+                        self._target.rename(old)
+                    (self._scratch / "new").rename(self._target)
         except OSError as refused:
             failure = refused
         finally:
@@ -149,7 +172,19 @@ class new_folder:
             shutil.rmtree(self._scratch, ignore_errors=True)
         if isinstance(failure, OSError):
             reason = failure.strerror or failure
-            raise ArtifactError(f"{self._target} could not be written: {reason}") from failure
+            raise ArtifactError(f"{self._name} could not be written: {reason}") from failure
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait for other processes that are here for this folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network disks have no locks
+            flock(handle, LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
@@ -172,7 +207,7 @@ def read_manifest(folder: Path, *, kind: str) -> dict[str, Any]:
         raise ArtifactError(f"there is no {kind} {str(folder)!r}: expected a folder that {_maker(kind)} wrote")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        found, form, files = manifest["kind"], int(manifest["format"]), dict(manifest["files"])
+        found, form, files = manifest["kind"], int(manifest["format"]), dict(manifest.get("files", {}))
     except FileNotFoundError as error:
         raise ArtifactError(f"{folder} is no {kind}: {_MANIFEST} is missing; {_maker(kind)} writes one") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

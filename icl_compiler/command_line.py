@@ -2,23 +2,33 @@
 
 - `icl --help` imports no model code: a command's module is imported when the command is asked for, and heavy
   packages inside its body.
-- Exit codes: 0 done; 1 the run failed; 2 wrong use. `ICLError` and errors of the operating system become one
-  sentence.
+- Exit codes: 0 done; 1 the run failed; 2 wrong use. `ICLError`, errors of the operating system, a package that is
+  not there and Ctrl-C become one sentence.
+- Where results will be written is checked before the work begins: not after an hour of it.
 """
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from icl_compiler.errors import ICLError
-from icl_compiler.registry import resolve
+from icl_compiler.registry import BACKENDS, did_you_mean, resolve
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_MOST_SEED = 2**32 - 1  # what every random generator takes
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
 class LazyGroup(click.Group):
@@ -39,26 +49,131 @@ class LazyGroup(click.Group):
         command: click.Command = resolve("command", self._table, cmd_name)
         return command
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run as a program: with three streams, of which the two written to are UTF-8."""
+        for name in ("stdin", "stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed by whoever started us
+                setattr(sys, name, TextIOWrapper(BytesIO(), encoding="utf-8"))
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(encoding="utf-8")
+        return super().main(*args, **kwargs)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse arguments that are no text."""
+        for argument in args:
+            try:
+                argument.encode()
+            except UnicodeEncodeError:
+                raise click.UsageError(f"the argument {os.fsencode(argument)!r} is no text in UTF-8") from None
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; an expected error becomes a sentence."""
         try:
             return super().invoke(ctx)
         except ICLError as error:
             fail(str(error))
+        except KeyboardInterrupt:
+            fail("interrupted; no file was left half-written")
         except BrokenPipeError:
             # Whoever read our output has had enough of it, as `head` does.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
         except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            fail(f"{where}{error.strerror or error}")
-        except MemoryError:
-            fail("out of memory; use a smaller --budget, or a smaller model")
+            fail(f"{error.filename or 'reading or writing failed'}: {error.strerror or error}")
+        except ModuleNotFoundError as error:
+            fail(f"{error}; `icl doctor` says what is missing, and what to do")
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not any(words in str(error) for words in _OUT_OF_MEMORY):
+                raise
+            fail("out of memory; use a smaller --budget or --batch-size, or a smaller model")
 
 
 def fail(message: str) -> NoReturn:
     """End with the sentence and exit code 1."""
     raise click.ClickException(message)
+
+
+class TableName(click.ParamType[str]):
+    """A name in a table of plug-ins, or, with `paths`, package.module:Class."""
+
+    name = "name"
+
+    def __init__(self, kind: str, table: Mapping[str, str], *, paths: bool = False) -> None:
+        self._kind = kind
+        self._table = table
+        self._paths = paths
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name, if it is one."""
+        if value not in self._table and not (self._paths and ":" in value):
+            self.fail(f"unknown {self._kind} {value!r}. {did_you_mean(value, self._table)}", param, ctx)
+        return str(value)
+
+
+class WholeNumber(click.IntRange):
+    """A whole number in a range."""
+
+    name = "whole number"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """As it stands in the help."""
+        return "N"
+
+
+class FiniteNumber(click.FloatRange):
+    """A number in a range, and not "nan", which lies in every one."""
+
+    name = "number"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """As it stands in the help."""
+        return "X"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
+
+
+class OutputFolder(click.ParamType[Path]):
+    """A folder to write: it is there and may be written, or it can be made."""
+
+    name = "folder"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path."""
+        path = Path(value)
+        existing = next((place for place in (path, *path.parents) if place.exists()), Path())
+        if not str(value):
+            self.fail("expected the name of a folder.", param, ctx)
+        if not existing.is_dir():
+            self.fail(f"{existing} is a file, expected a folder; choose another name.", param, ctx)
+        if not os.access(existing, os.W_OK):
+            self.fail(f"the folder {existing} cannot be written; choose another one.", param, ctx)
+        return path
+
+
+class OutputFile(click.ParamType[Path]):
+    """A file to write: its folder is there, and it is no folder itself."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path."""
+        path = Path(value)
+        if not str(value):
+            self.fail("expected the name of a file.", param, ctx)
+        if path.is_dir():
+            self.fail(f"{path} is a folder, expected the name of a file.", param, ctx)
+        if not path.parent.is_dir():
+            self.fail(f"there is no folder {path.parent}; make it first, or choose another one.", param, ctx)
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            self.fail(f"{path} cannot be written; choose another place.", param, ctx)
+        return path
 
 
 def options(*decorators: Decorator) -> Decorator:
@@ -72,36 +187,40 @@ def options(*decorators: Decorator) -> Decorator:
     return add
 
 
-column_options = options(
-    click.option("--text-column", metavar="NAME", help="Column of the texts; guessed by its name."),
-    click.option("--label-column", metavar="NAME", help="Column of the labels; guessed by its name."),
-    click.option("--target-column", metavar="NAME", help="Column of the targets, for generation."),
+text_column_option = click.option("--text-column", metavar="NAME", help="Column of the texts; guessed by its name.")
+label_column_option = click.option("--label-column", metavar="NAME", help="Column of the labels; guessed by its name.")
+target_column_option = click.option(
+    "--target-column", metavar="NAME", help="Column of the texts to generate, in place of labels."
 )
 model_option = click.option(
     "--model",
     default="smollm2-135m",
-    show_default=True,
     metavar="NAME",
-    help="Frozen base model: one of `icl models list`, a folder, or a hub name.",
+    help="Language model: one of `icl models list`, a folder, or a hub name.",
+)
+template_option = click.option(
+    "--template",
+    metavar="NAME",
+    show_default="the plain one of the task",
+    help="How a prompt is written: classify, classify_chat, generate, or the path of a Jinja file.",
 )
 engine_options = options(
     click.option(
         "--backend",
         default="transformers",
-        show_default=True,
-        metavar="NAME",
-        help="Engine that runs the base model.",
+        type=TableName("backend", BACKENDS, paths=True),
+        help=f"What runs the model: {', '.join(BACKENDS)}, or package.module:Class.",
     ),
     click.option(
         "--dtype",
         type=click.Choice(["auto", "bfloat16", "float32"]),
         default="auto",
-        show_default=True,
-        help="Number format; auto is bfloat16 where the processor computes in it.",
+        metavar="NAME",
+        help="Numbers to compute in: bfloat16, float32, or auto (bfloat16 where the processor is fast in it).",
     ),
 )
-seed_option = click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Random seed.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+seed_option = click.option("--seed", default=0, type=WholeNumber(0, _MOST_SEED), help="Of every random choice.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
 
 
 def print_json(value: object) -> None:
@@ -114,10 +233,15 @@ def say(message: str) -> None:
     click.echo(message, err=True)
 
 
-@contextmanager
-def progress_bar(description: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
-    """A bar on standard error that appears if the work takes over two seconds."""
+def new_bar(description: str, unit: str, total: int | None = None) -> "tqdm[NoReturn]":
+    """A bar on standard error, if that is a terminal, that appears if the work takes over two seconds."""
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=description, unit=unit, delay=2, leave=False, dynamic_ncols=True) as bar:
+    return tqdm(total=total, desc=description, unit=unit, delay=2, leave=False, dynamic_ncols=True, disable=None)
+
+
+@contextmanager
+def progress_bar(description: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
+    """The bar as a callback that is told how much was done since the last call."""
+    with new_bar(description, unit, total) as bar:
         yield bar.update

@@ -57,7 +57,7 @@ def compile_program(
         raise DataError(f"{data.source} has no rows to compile")
     pool_data = data if examples is None else data.subset(examples, seed=seed)
     tokenizer = load_tokenizer(model)
-    text_template = Template.from_name(template or DEFAULT_TEMPLATES[data.task])
+    text_template = Template.from_name(DEFAULT_TEMPLATES[data.task] if template is None else template)
     labels = data.labels if data.task == "classification" else ()
     encoded = EncodedTemplate.build(text_template, tokenizer, labels)
     longest = max((len(word) for word in encoded.label_words()), default=0)
@@ -122,9 +122,9 @@ def new_retriever(name: str, *, encoder: str, seed: int, trusted: bool = True) -
 
 @cache
 def _encoder(name: str) -> SentenceEncoder:
-    return SentenceEncoder(lambda: locate(name))
+    return SentenceEncoder(lambda: locate(name, kind="encoder"))
 
 
 def load_tokenizer(model: str) -> Tokenizer:
     """The tokenizer of a model by its name."""
-    return ByteTokenizer() if model == "echo" else HFTokenizer(locate(model))
+    return ByteTokenizer() if model == "echo" else HFTokenizer(locate(model, kind="language model"))

@@ -328,6 +328,8 @@ def load_texts(source: str | Path, *, text_column: str | None = None) -> tuple[s
     """
     name = str(source)
     if name.lower().endswith(".txt"):
+        if text_column is not None:
+            raise ColumnError(f"{name} is a text file, one text a line, without a column {text_column!r}")
         return read_lines(source)
     table = read_table(source)
     text_name = _named(name, table, text_column, "--text-column") or _guess(table, TEXT_NAMES, set(), "text", [])

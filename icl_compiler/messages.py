@@ -117,6 +117,24 @@ def bayes_accuracy(messages: Sequence[Message]) -> float:
     return float(np.mean([max(message.law) for message in messages]))
 
 
+def require_messages(path: Path) -> None:
+    """Check that a file may be replaced by messages: it is not there, or it holds messages.
+
+    Raises:
+        DataError: if it holds something else.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            row = json.loads(file.readline())
+        ours = isinstance(row, dict) and list(row) == ["text", "label", "law", "kind"]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        raise DataError(f"{path} is there and holds no messages of `icl messages`; choose another folder, or move it")
+
+
 def write_jsonl(messages: Sequence[Message], path: str | os.PathLike[str]) -> None:
     """Write one JSON row per message: text, label, law (intents of probability above 0), kind.
 

@@ -26,12 +26,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+Kind = Literal["language model", "encoder"]
+_SPACE_NEEDED = 300_000_000
+
+
 @dataclass(frozen=True)
 class EmbeddedModel:
     """A model whose weights are the contents of a pip package."""
 
     name: str
-    kind: Literal["language model", "encoder"]
+    kind: Kind
     package: str
     package_version: str
     module: str
@@ -81,6 +85,7 @@ class EmbeddedModel:
             )
         if self.kind == "encoder":
             return source
+        _require_space(self.cached.parent)
         print(f"Converting {self.name} to safetensors, once (about 25 s) ...", file=sys.stderr, flush=True)
         _convert_gguf(source, self.cached)
         return self.cached
@@ -129,14 +134,18 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "icl-compiler"
 
 
-def locate(name: str) -> str:
+def locate(name: str, *, kind: Kind | None = None) -> str:
     """What `transformers` or `sentence_transformers` loads for `name`: a folder, or a hub name as it is.
 
     Raises:
         MissingDependencyError: if `name` is an embedded model whose package is not installed.
-        ModelError: if `name` looks like an embedded model or a folder that is not there.
+        ModelError: if `name` looks like an embedded model or a folder that is not there, or is an embedded model of
+            another `kind`.
     """
     if name in EMBEDDED:
+        if kind not in (None, EMBEDDED[name].kind):
+            others = [model.name for model in EMBEDDED.values() if model.kind == kind]
+            raise ModelError(f"{name!r} is an embedded {EMBEDDED[name].kind}, expected a {kind} such as {others[0]!r}")
         return str(EMBEDDED[name].get())
     try:
         path = Path(name).expanduser()
@@ -160,22 +169,44 @@ def load_causal_lm(name: str, dtype: "torch.dtype") -> "PreTrainedModel":
     """The language model `name` with its weights in `dtype`, on the processor.
 
     Raises:
-        ModelError: if there is no such model, or its weights cannot be read.
+        ModelError: if there is no such model, or its weights are damaged or incomplete.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    folder = locate(name)
+    folder = locate(name, kind="language model")
     logging.disable_progress_bar()
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError, RuntimeError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the model {name!r} could not be loaded: {str(error).splitlines()[0]}") from error
-    return model
+    # transformers fills what is missing with random numbers.
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(f"the model {name!r} lacks {len(missing)} of its weights, {missing[0]!r} first; get it again")
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def _is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+
+
+def _require_space(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder):
+            free = shutil.disk_usage(folder).free
+        reason = f"has {free / 1e9:.1f} GB of free space" if free < _SPACE_NEEDED else None
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror or error})"
+    if reason:
+        raise ModelError(
+            f"the cache folder {cache_folder()} {reason}; expected {_SPACE_NEEDED / 1e9:.1f} GB for the converted "
+            "weights: set ICL_CACHE to a folder that has them"
+        )
 
 
 def _convert_gguf(source: Path, target: Path) -> None:
@@ -185,7 +216,6 @@ def _convert_gguf(source: Path, target: Path) -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         folder = Path(scratch) / "model"
         read = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)

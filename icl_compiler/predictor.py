@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from icl_compiler.backends.backend import Backend, Progress, Usage
-from icl_compiler.errors import LabelError
+from icl_compiler.errors import LabelError, RegistryError
 from icl_compiler.program import Program
 from icl_compiler.registry import BACKENDS, resolve
 
@@ -92,5 +92,9 @@ class PromptedPredictor:
 
 def open_backend(name: str, model: str, *, dtype: str = "auto") -> Backend:
     """The backend `name` with `model` loaded; the model `echo` brings its own backend."""
-    backend: Backend = resolve("backend", BACKENDS, "echo" if model == "echo" else name)(model, dtype)
+    found = resolve("backend", BACKENDS, "echo" if model == "echo" else name)
+    lacking = [part for part in ("label_logprobs", "generate") if not hasattr(found, part)]
+    if lacking:
+        raise RegistryError(f"{name!r} is no backend, it has no {', '.join(lacking)}; see backends/backend.py")
+    backend: Backend = found(model, dtype)
     return backend

@@ -199,7 +199,7 @@ def plan_batches(
     `split_cost` tokens in one piece.
 
     >>> a, b = np.arange(100), np.arange(200, 300)
-    >>> plan_batches([a, np.append(a, 1), b, np.append(b, 1)], extra=2, limit=210)
+    >>> plan_batches([a, np.append(a, 1), b, np.append(b, 1)], extra=2, limit=209)
     [range(0, 2), range(2, 4)]
     """
     shared = [common_prefix(a, b) for a, b in pairwise(prompts)]

@@ -49,7 +49,7 @@ def resolve(kind: str, table: Mapping[str, str], name: str, *, trusted: bool = T
     elif trusted and ":" in name:
         path = name
     else:
-        raise RegistryError(f"unknown {kind} {name!r}. {_did_you_mean(name, table)}")
+        raise RegistryError(f"unknown {kind} {name!r}. {did_you_mean(name, table)}")
     module_name, _, attribute = path.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
         raise RegistryError(f"{kind} {name!r} should look like 'my_package.my_module:MyClass'")
@@ -67,7 +67,12 @@ def resolve(kind: str, table: Mapping[str, str], name: str, *, trusted: bool = T
         raise RegistryError(f"{kind} {name!r}: module {module_name!r} has no {attribute!r}") from error
 
 
-def _did_you_mean(name: str, names: Iterable[str]) -> str:
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The end of a message about a name that is none of `names`.
+
+    >>> did_you_mean("bm52", ["bm25", "dense"])
+    "Did you mean 'bm25'? Available: bm25, dense."
+    """
     known = list(names)
     close = get_close_matches(name, known, n=1)
     hint = f"Did you mean {close[0]!r}? " if close else ""

@@ -3,8 +3,8 @@
 - A template is a file of `prompts/` (by name) or any file of the user's (by path). It defines the macros
   `instruction(labels)`, `query(text)` and `answer(label)`, and the variables `chat` and, if plain,
   `terminator`.
-- Jinja runs in its sandbox: a template inside a downloaded program can format text and nothing else. Texts
-  are arguments of macros, never template source.
+- Jinja runs in its sandbox: a template inside a downloaded program can format text and nothing else, and comes to
+  an end. Texts are arguments of macros, never template source.
 - `Template` knows text. `EncodedTemplate` knows tokens: each part is encoded once, and a prompt is a
   concatenation of parts, `head + (query + label word + separator) x shots + query`.
 - A label word ends in a terminator (a newline, or the model's end of turn), so that no label word is a
@@ -13,7 +13,7 @@
   contents and cutting it at the marks; nothing about any one model's markup is known here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -21,12 +21,51 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from icl_compiler.errors import DataError, LabelError, TemplateError
 from icl_compiler.tokenizer import Tokenizer
 
 _MACROS = ("instruction", "query", "answer")
+_MOST_STEPS = 100_000
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, which keeps foreign code out, with an end: rounds of loops and calls are counted."""
+
+    intercepted_binops = frozenset({"**"})
+
+    def __init__(self) -> None:
+        super().__init__(keep_trailing_newline=True, trim_blocks=True, autoescape=False)
+        self.filters["counted"] = self._counted
+        self.steps = 0
+
+    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
+        for loop in source.find_all(nodes.For):
+            loop.iter = nodes.Filter(loop.iter, "counted", [], [], None, None, lineno=loop.lineno)
+        return super()._generate(source, *args, **kwargs)
+
+    def _counted(self, rounds: Iterable[Any]) -> Iterator[Any]:
+        for item in rounds:
+            self._step()
+            yield item
+
+    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        self._step()
+        return super().call(context, function, *args, **kwargs)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        raise SecurityError(f"a template must not use {operator}")
+
+    def _step(self) -> None:
+        self.steps += 1
+        if self.steps > _MOST_STEPS:
+            raise SecurityError(f"it takes more than {_MOST_STEPS:,} steps; a template must come to an end")
+
+
 _MARKS = tuple(f"icl-mark-{i}-" for i in range(5))
 
 
@@ -102,15 +141,18 @@ class Template:
             )
         if not self.chat and not self.query("text").strip():
             raise TemplateError(f"template {self.name!r} writes an empty query")
-        if "icl-mark" not in self.query("icl-mark"):
+        if self.query("one text") == self.query("another"):
             raise TemplateError(f"the macro 'query' of template {self.name!r} does not write its text")
         return self
 
     @cached_property
+    def _sandbox(self) -> _Sandbox:
+        return _Sandbox()
+
+    @cached_property
     def _module(self) -> Any:
-        environment = ImmutableSandboxedEnvironment(keep_trailing_newline=True, trim_blocks=True, autoescape=False)
         try:
-            return environment.from_string(self.source).module
+            return self._sandbox.from_string(self.source).module
         except Exception as error:  # a template is a foreign program: it may divide by zero
             line = getattr(error, "lineno", None)
             where = f", line {line}" if line else ""
@@ -118,9 +160,11 @@ class Template:
 
     def _write(self, macro: str, argument: object) -> str:
         try:
+            self._sandbox.steps = 0
             return str(getattr(self._module, macro)(argument))
         except Exception as error:
-            raise TemplateError(f"the macro {macro!r} of template {self.name!r} failed: {error}") from error
+            said = str(error) or type(error).__name__
+            raise TemplateError(f"the macro {macro!r} of template {self.name!r} failed: {said}") from error
 
 
 @dataclass(frozen=True)

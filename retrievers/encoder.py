@@ -44,4 +44,9 @@ class SentenceEncoder:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
-        return SentenceTransformer(self._locate())
+        name = self._locate()
+        try:
+            return SentenceTransformer(name)
+        except Exception as error:  # whatever a folder of another kind makes the library raise
+            said = str(error).partition("\n")[0]
+            raise OSError(f"the encoder {name!r} could not be loaded: {said}") from error

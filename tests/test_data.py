@@ -84,16 +84,12 @@ def test_subsets_are_nested_even_and_in_file_order(answers: list[str], seed: int
         assert before <= set(subset.texts)
         before = set(subset.texts)
         assert [rows[text] for text in subset.texts] == sorted(rows[text] for text in subset.texts)
-        assert all(
-            answers[rows[text]] == answer for text, answer in zip(subset.texts, subset.answers, strict=True)
-        )
+        assert all(answers[rows[text]] == answer for text, answer in zip(subset.texts, subset.answers, strict=True))
         counts = Counter(subset.answers)
         assert len(counts) == min(n, len(have))
         # As even as can be: no label is two behind another unless it has no row left.
         assert all(
-            counts[label] == have[label]
-            for label in have
-            if counts[label] < max(counts.values(), default=0) - 1
+            counts[label] == have[label] for label in have if counts[label] < max(counts.values(), default=0) - 1
         )
 
 
@@ -103,9 +99,7 @@ def test_subsets_depend_on_the_seed_and_zero_is_a_seed() -> None:
     assert len(drawn) == 20
     assert data.subset(10, seed=0) == data.subset(10, seed=0)
     for n in (101, -1):
-        with pytest.raises(
-            DataError, match=f"has 100 rows; the number of examples must lie in 0 to that, is {n}"
-        ):
+        with pytest.raises(DataError, match=f"has 100 rows; the number of examples must lie in 0 to that, is {n}"):
             data.subset(n, seed=0)
 
 
@@ -269,9 +263,7 @@ def test_columns_named_wrongly(tmp_path: Path, options: dict[str, str], message:
 
 def test_columns_that_fit_nothing(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", "where is it,lost\nwho,found\n")
-    with pytest.raises(
-        ColumnError, match=r"it has 'where is it', 'lost'. .*--text-column; if the first row is data"
-    ):
+    with pytest.raises(ColumnError, match=r"it has 'where is it', 'lost'. .*--text-column; if the first row is data"):
         load_dataset(path)
     with pytest.raises(ColumnError, match=r"label or target by its name.*--label-column or --target-column"):
         load_dataset(path, text_column="where is it")
@@ -286,8 +278,7 @@ def test_several_columns_that_fit_are_told(tmp_path: Path) -> None:
     data = load_dataset(path)
     assert data.answers == ("c", "f")
     assert data.warnings == (
-        "2 columns could be the label ('intent', 'category'); 'intent' was taken "
-        "(--label-column names another).",
+        "2 columns could be the label ('intent', 'category'); 'intent' was taken (--label-column names another).",
     )
     assert load_dataset(path, label_column="intent").warnings == ()
 
@@ -322,12 +313,8 @@ def test_parquet_keeps_labels_of_every_type(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("absent", [{"label": None}, {}, {"label": float("nan")}])
 def test_missing_labels_are_refused(tmp_path: Path, absent: dict[str, object]) -> None:
-    rows = [
-        {"text": str(row), "label": row % 2} if row % 2 else {"text": str(row), **absent} for row in range(9)
-    ]
-    with pytest.raises(
-        DataError, match=r"no label in 5 of 9 rows, column 'label' \(rows 1, 3, 5 and 2 more: null or"
-    ):
+    rows = [{"text": str(row), "label": row % 2} if row % 2 else {"text": str(row), **absent} for row in range(9)]
+    with pytest.raises(DataError, match=r"no label in 5 of 9 rows, column 'label' \(rows 1, 3, 5 and 2 more: null or"):
         load_dataset(jsonl(tmp_path, *rows))
     data = load_dataset(jsonl(tmp_path, *rows), need_answers=False)
     assert data.answers == ("", "1") * 4 + ("",)
@@ -336,9 +323,7 @@ def test_missing_labels_are_refused(tmp_path: Path, absent: dict[str, object]) -
 
 def test_empty_cells_are_missing_labels(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", "text,label\na,x\nb,\nc,y\n")
-    with pytest.raises(
-        DataError, match=r"in 1 of 3 rows, column 'label' \(row 3: an empty cell\). Fill them in, or"
-    ):
+    with pytest.raises(DataError, match=r"in 1 of 3 rows, column 'label' \(row 3: an empty cell\). Fill them in, or"):
         load_dataset(path)
     path = write(tmp_path, "b.csv", "text,target\na,x\nb,\nc,y\n")
     with pytest.raises(DataError, match="no target in 1 of 3 rows"):
@@ -362,18 +347,14 @@ def test_answers_that_are_not_needed(tmp_path: Path) -> None:
 
 def test_one_label_only(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", "text,label,source\na,x,1\nb,x,2\n")
-    with pytest.raises(
-        LabelError, match=r"one label only, 'x', in column 'label'; .*'text', 'label', 'source'"
-    ):
+    with pytest.raises(LabelError, match=r"one label only, 'x', in column 'label'; .*'text', 'label', 'source'"):
         load_dataset(path)
     # One target for all is odd, but nothing that cannot be generated.
     assert load_dataset(path, target_column="label").answers == ("x", "x")
 
 
 def test_blank_texts_are_dropped_and_counted(tmp_path: Path) -> None:
-    rows = [
-        {"text": text, "label": row} for row, text in enumerate(["a", "", " b ", " \n", "\u3000", None, "c"])
-    ]
+    rows = [{"text": text, "label": row} for row, text in enumerate(["a", "", " b ", " \n", "\u3000", None, "c"])]
     data = load_dataset(jsonl(tmp_path, *rows))
     assert data.texts == ("a", " b ", "c")
     assert data.warnings == ("4 rows with a blank text were dropped (rows 2, 4, 5 and 1 more).",)
@@ -398,9 +379,7 @@ def test_duplicates_are_dropped_and_contradictions_kept(tmp_path: Path) -> None:
         "1 text has more than one label; all of them were kept (first: rows 2, 5).",
     )
     # Several targets for one text are references, and nothing to warn of.
-    assert load_dataset(path, target_column="label").warnings == (
-        "2 duplicate rows were dropped (rows 4, 6).",
-    )
+    assert load_dataset(path, target_column="label").warnings == ("2 duplicate rows were dropped (rows 4, 6).",)
 
 
 def test_labels_that_look_alike_are_kept_apart(tmp_path: Path) -> None:
@@ -461,9 +440,7 @@ def test_texts_alone(tmp_path: Path) -> None:
     assert load_texts(write(tmp_path, "a.txt", "one\r\n\ntwo\none\n")) == ("one", "two", "one")
     assert load_texts(write(tmp_path, "a.csv", "id,message\n1,hi\n2,hi\n")) == ("hi", "hi")
     assert load_texts(write(tmp_path, "a.csv", "id,message\n1,hi\n2,hi\n"), text_column="id") == ("1", "2")
-    with pytest.raises(
-        DataError, match=r"blank text in 1 of 2 rows \(row 3\), column 'message'; nothing can"
-    ):
+    with pytest.raises(DataError, match=r"blank text in 1 of 2 rows \(row 3\), column 'message'; nothing can"):
         load_texts(write(tmp_path, "b.csv", "id,message\n1,hi\n2,\n"))
     with pytest.raises(ColumnError, match=r"it has 'a', 'b'. Name the column with --text-column"):
         load_texts(write(tmp_path, "c.csv", "a,b\n1,2\n"))
@@ -508,16 +485,13 @@ def test_every_format_gives_the_same_dataset(folder: Path, rows: list[tuple[str,
     texts, labels = [text for text, _ in rows], [label for _, label in rows]
     expected = Dataset(tuple(texts), tuple(labels), "classification", "").content_hash
     hashes = {
-        path.suffix: load_dataset(path).content_hash
-        for path in write_with_pandas(folder, texts, labels, "label")
+        path.suffix: load_dataset(path).content_hash for path in write_with_pandas(folder, texts, labels, "label")
     }
     assert hashes == dict.fromkeys(hashes, expected)
 
 
 @real_data
-@pytest.mark.parametrize(
-    "path", sorted(SHARED.glob("*/*.jsonl")), ids=lambda path: f"{path.parent.name}-{path.stem}"
-)
+@pytest.mark.parametrize("path", sorted(SHARED.glob("*/*.jsonl")), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_real_data_is_what_pandas_reads(path: Path) -> None:
     import pandas as pd
 
@@ -570,7 +544,5 @@ def test_fifteen_thousand_rows_take_a_moment(tmp_path: Path, suffix: str) -> Non
 
 def test_import_is_light() -> None:
     code = "import sys, icl_compiler.data; print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "datasets", "pandas", "pyarrow", "numpy", "transformers"} & set(loaded)

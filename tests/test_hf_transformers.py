@@ -168,9 +168,7 @@ def test_real_model_real_labels_against_brute_force(shared_data: Path, name: str
 @pytest.mark.models
 def test_bfloat16_is_close_to_float32() -> None:
     train, test = train_test(300, 6)
-    data = Dataset(
-        tuple(m.text for m in train), tuple(m.label for m in train), "classification", "messages"
-    )
+    data = Dataset(tuple(m.text for m in train), tuple(m.label for m in train), "classification", "messages")
     program = compile_program(data, retriever="bm25", shots=6)
     prompts = [prompt.tokens for prompt in program.prompts([m.text for m in test])]
     laws = [
@@ -178,4 +176,3 @@ def test_bfloat16_is_close_to_float32() -> None:
         for dtype in ("float32", "bfloat16")
     ]
     assert 0.5 * np.abs(laws[0] - laws[1]).sum(axis=1).mean() < 0.02
-

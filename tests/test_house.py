@@ -111,9 +111,7 @@ def test_everything_public_has_a_docstring():
     for path, tree in modules().items():
         kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
         public = [node for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
-        without += [
-            f"{path}: {getattr(n, 'name', 'module')}" for n in [tree, *public] if not ast.get_docstring(n)
-        ]
+        without += [f"{path}: {getattr(n, 'name', 'module')}" for n in [tree, *public] if not ast.get_docstring(n)]
     assert without == []
 
 

@@ -260,14 +260,10 @@ def test_neighbours_neither_solve_it_nor_fail(monkeypatch: pytest.MonkeyPatch) -
         model_kwargs={"dtype": "bfloat16"},  # twice as fast as float32, the same neighbours but for ties
     )
     train, test = train_test(2000, 500)
-    pool, queries = (
-        encoder.encode([m.text for m in part], normalize_embeddings=True) for part in (train, test)
-    )
+    pool, queries = (encoder.encode([m.text for m in part], normalize_embeddings=True) for part in (train, test))
     nearest = np.argsort(-(queries @ pool.T), axis=1, kind="stable")[:, :8]
     votes = [np.bincount(labels_of(train)[row], minlength=len(INTENTS)).argmax() for row in nearest]
     neighbours = np.mean(np.array(votes) == labels_of(test))
-    linear = (
-        LogisticRegression(C=10, max_iter=2000).fit(pool, labels_of(train)).score(queries, labels_of(test))
-    )
+    linear = LogisticRegression(C=10, max_iter=2000).fit(pool, labels_of(train)).score(queries, labels_of(test))
     assert 0.58 < neighbours < 0.80, neighbours
     assert neighbours < linear < bayes_accuracy(test) - 0.08, linear

@@ -76,7 +76,7 @@ def test_a_program_that_generates_has_no_labels():
 def test_open_backend():
     assert isinstance(open_backend("transformers", "echo"), EchoBackend)
     assert isinstance(open_backend("echo", "anything"), EchoBackend)
-    with pytest.raises(RegistryError, match="unknown backend 'transformer'. Did you mean 'transformers'"):
+    with pytest.raises(RegistryError, match=r"unknown backend 'transformer'\. Did you mean 'transformers'"):
         open_backend("transformer", "smollm2-135m")
     with pytest.raises(ModelError, match="there is no model 'smollm2'"):
         open_backend("transformers", "smollm2")

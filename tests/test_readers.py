@@ -57,9 +57,7 @@ def test_what_the_csv_module_writes_is_read_back(
 ) -> None:
     buffer = io.StringIO(newline="")
     # QUOTE_MINIMAL leaves a lone carriage return bare where line_end is "\n": no reader could tell it apart.
-    quoting = (
-        csv.QUOTE_ALL if quote_all or any("\r" in cell for row in rows for cell in row) else csv.QUOTE_MINIMAL
-    )
+    quoting = csv.QUOTE_ALL if quote_all or any("\r" in cell for row in rows for cell in row) else csv.QUOTE_MINIMAL
     writer = csv.writer(buffer, delimiter=separator, lineterminator=line_end, quoting=quoting)
     writer.writerows([("text", "label"), *rows])
     path = write(folder, f"property.{suffix}", buffer.getvalue().encode("utf-8-sig" if bom else "utf-8"))
@@ -109,9 +107,7 @@ def test_missing_values_are_none_and_their_names_are_not(tmp_path: Path) -> None
     strings = ["nan", "None", "NA", "null", "0", "0.0", "False"]
     path = write(tmp_path, "a.csv", "text,label\n" + "".join(f"t,{word}\n" for word in [*strings, "", "  "]))
     assert columns(path)[1] == [*strings, None, None]
-    path = write(
-        tmp_path, "a.jsonl", '{"l": 0}\n{"l": ""}\n{"l": false}\n{"l": null}\n{}\n{"l": NaN}\n{"l": "nan"}'
-    )
+    path = write(tmp_path, "a.jsonl", '{"l": 0}\n{"l": ""}\n{"l": false}\n{"l": null}\n{}\n{"l": NaN}\n{"l": "nan"}')
     assert columns(path)[0] == [0, "", False, None, None, None, "nan"]
 
 
@@ -133,9 +129,7 @@ def test_a_cell_longer_than_the_limit_of_the_csv_module(tmp_path: Path) -> None:
 def test_class_labels_become_their_names(tmp_path: Path) -> None:
     import datasets
 
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
-    )
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
     saved = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features)
     saved.to_parquet(tmp_path / "a.parquet")
     saved.select([2, 0]).save_to_disk(tmp_path / "saved")
@@ -158,16 +152,12 @@ def test_splits_of_a_saved_folder(tmp_path: Path) -> None:
     datasets.DatasetDict({"test": one, "train": two}).save_to_disk(tmp_path / "both")
     assert columns(tmp_path / "both") == [["two"]]
     assert columns(f"{tmp_path / 'both'}:test") == [["one"]]
-    with pytest.raises(
-        DataError, match=r"has no split 'dev'; name one of 'test', 'train', as in .*both:test"
-    ):
+    with pytest.raises(DataError, match=r"has no split 'dev'; name one of 'test', 'train', as in .*both:test"):
         read_table(f"{tmp_path / 'both'}:dev")
     datasets.DatasetDict({"dev": one}).save_to_disk(tmp_path / "single")
     assert columns(tmp_path / "single") == [["one"]]
     datasets.DatasetDict({"dev": one, "test": two}).save_to_disk(tmp_path / "no_train")
-    with pytest.raises(
-        DataError, match="has several splits and none named 'train'; name one of 'dev', 'test'"
-    ):
+    with pytest.raises(DataError, match="has several splits and none named 'train'; name one of 'dev', 'test'"):
         read_table(tmp_path / "no_train")
     one.save_to_disk(tmp_path / "plain")
     with pytest.raises(DataError, match="one dataset without splits"):
@@ -218,9 +208,7 @@ def test_a_name_that_cannot_be_loaded(tmp_path: Path, rest: str, message: str) -
 
 @pytest.mark.usefixtures("hub_cache")
 def test_the_hub_out_of_reach() -> None:
-    with pytest.raises(
-        DataError, match=r"there is no folder nobody/nothing, and offline mode .* unset HF_HUB_OFFLINE"
-    ):
+    with pytest.raises(DataError, match=r"there is no folder nobody/nothing, and offline mode .* unset HF_HUB_OFFLINE"):
         read_table("hf:nobody/nothing")
 
 
@@ -242,9 +230,7 @@ def test_the_hub_out_of_reach() -> None:
         (RuntimeError(), r"\(datasets says: RuntimeError\)"),
     ],
 )
-def test_what_the_hub_says_becomes_advice(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
-) -> None:
+def test_what_the_hub_says_becomes_advice(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
     import datasets
 
     def refuse(*_: object, **__: object) -> None:
@@ -341,9 +327,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         read_table(tmp_path / "trian.csv")
     with pytest.raises(DataError, match=r"the folder .*nowhere does not exist"):
         read_table(tmp_path / "nowhere" / "train.csv")
-    with pytest.raises(
-        DataError, match=r"is a folder, and none that .* saved.* files of its own: 'train.csv'"
-    ):
+    with pytest.raises(DataError, match=r"is a folder, and none that .* saved.* files of its own: 'train.csv'"):
         read_table(tmp_path)
     with pytest.raises(DataError, match="there is no file"):
         read_table("x" * 5000)

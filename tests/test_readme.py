@@ -28,9 +28,7 @@ class Example(NamedTuple):
 def examples():
     text = README.read_text(encoding="utf-8")
     return [
-        Example(
-            text.count("\n", 0, found.start("code")) + 1, found["language"], found["code"], found["reason"]
-        )
+        Example(text.count("\n", 0, found.start("code")) + 1, found["language"], found["code"], found["reason"])
         for found in BLOCK.finditer(text)
     ]
 
@@ -46,9 +44,7 @@ def test_few_examples_are_left_out():
 
 
 def test_no_shell_example_escapes_the_test():
-    elsewhere = [
-        example for example in examples() if example.language in ("bash", "sh", "shell", "py", "pycon")
-    ]
+    elsewhere = [example for example in examples() if example.language in ("bash", "sh", "shell", "py", "pycon")]
     assert elsewhere == [], "write them as ```python, or as ```console with `$ ` before each command"
 
 
@@ -73,6 +69,4 @@ def test_examples_run(tmp_path, monkeypatch):
                 text=True,
                 timeout=900,
             )
-            assert done.returncode == 0, (
-                f"README.md, block at line {line}: {command}\n{done.stdout}{done.stderr}"
-            )
+            assert done.returncode == 0, f"README.md, block at line {line}: {command}\n{done.stdout}{done.stderr}"

@@ -55,14 +55,14 @@ def test_unknown_names_get_a_hint():
 
 @pytest.mark.parametrize("name", [":", ":Mine", "mine:", ".mine:Mine", "mine.:Mine", "my mine:Mine", "a:b:c", "../a:B"])
 def test_what_is_no_path_is_refused_in_words(name):
-    with pytest.raises(RegistryError, match="should look like 'my_package.my_module:MyClass'"):
+    with pytest.raises(RegistryError, match=r"should look like 'my_package\.my_module:MyClass'"):
         resolve("retriever", RETRIEVERS, name)
 
 
 def test_paths_that_lead_nowhere_are_told_apart(module):
     with pytest.raises(RegistryError, match="retriever 'no_such:Mine': there is no module 'no_such'"):
         resolve("retriever", RETRIEVERS, "no_such:Mine")
-    with pytest.raises(RegistryError, match="there is no module 'json.no_such'"):
+    with pytest.raises(RegistryError, match=r"there is no module 'json\.no_such'"):
         resolve("retriever", RETRIEVERS, "json.no_such:Mine")
     with pytest.raises(RegistryError, match="module 'json' has no 'Mine'"):
         resolve("retriever", RETRIEVERS, "json:Mine")

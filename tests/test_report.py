@@ -212,9 +212,7 @@ def test_colours_stand_out_from_the_page(palette):
         dark, light = sorted((luminance(palette[a]), luminance(palette[b])))
         return (light + 0.05) / (dark + 0.05)
 
-    assert (
-        min(contrast(text, back) for text in ("ink", "muted", "warning") for back in ("page", "card")) >= 4.5
-    )
+    assert min(contrast(text, back) for text in ("ink", "muted", "warning") for back in ("page", "card")) >= 4.5
     marks = [series.replace("'", "").replace(" ", "-") for series in SERIES]
     assert min(contrast(mark, "page") for mark in marks) >= 3
 

@@ -12,7 +12,9 @@ def cases(draw):
     ids = draw(st.permutations(range(rows)))[: draw(st.integers(0, rows))]
     return {
         "ids": np.array(ids, dtype=np.int64),
-        "scores": np.array(sorted(draw(st.lists(st.integers(-9, 9), min_size=len(ids), max_size=len(ids))))[::-1], "f4"),
+        "scores": np.array(
+            sorted(draw(st.lists(st.integers(-9, 9), min_size=len(ids), max_size=len(ids))))[::-1], "f4"
+        ),
         "shot_tokens": np.array(draw(st.lists(st.integers(0, 20), min_size=rows, max_size=rows)), dtype=np.int64),
         "is_query": np.array(draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids))), dtype=bool),
         "room": draw(st.integers(0, 100)),

@@ -67,9 +67,7 @@ def test_vote_that_is_closer_by_a_point_only():
 
 
 def test_prompt_that_is_clearly_closer_than_the_vote():
-    assert "The prompt is closer to the reference (0.21 [0.18, 0.24]) than the vote" in says(
-        row(), row(VOTE, 0.4)
-    )
+    assert "The prompt is closer to the reference (0.21 [0.18, 0.24]) than the vote" in says(row(), row(VOTE, 0.4))
 
 
 def test_prompt_that_is_closer_than_the_vote_by_a_point_only():
@@ -108,9 +106,7 @@ def test_accuracy_above_that_of_the_reference():
 
 
 def test_accuracy_below_that_of_the_reference_names_the_theorem():
-    assert "The prompt's accuracy is 0.83 [0.77, 0.89], the reference's 0.88. For answers drawn" in says(
-        row()
-    )
+    assert "The prompt's accuracy is 0.83 [0.77, 0.89], the reference's 0.88. For answers drawn" in says(row())
 
 
 def test_accuracy_not_measured_is_left_out():
@@ -119,9 +115,7 @@ def test_accuracy_not_measured_is_left_out():
 
 def test_random_and_zero_shots_are_compared():
     sentences = says(row(), row("random shots", 0.5), row("zero shots", 0.22, n_examples=0))
-    assert (
-        "The prompt is closer to the reference (0.21 [0.18, 0.24]) than the prompt with random" in sentences
-    )
+    assert "The prompt is closer to the reference (0.21 [0.18, 0.24]) than the prompt with random" in sentences
     assert "against 0.22 [0.19, 0.25] for the prompt with zero shots), but the intervals overlap" in sentences
 
 

@@ -90,7 +90,9 @@ def test_a_file_is_a_template_too(tmp_path):
 
 
 def test_a_template_that_is_nowhere():
-    with pytest.raises(TemplateError, match="no template 'clasify': expected a file, or one of classify, classify_chat"):
+    with pytest.raises(
+        TemplateError, match="no template 'clasify': expected a file, or one of classify, classify_chat"
+    ):
         Template.from_name("clasify")
 
 
@@ -104,10 +106,15 @@ GOOD = plain_template().source
         (GOOD.replace("set terminator", "set end"), "has no terminator; add a line like"),
         (GOOD.replace("{{ text }}", ""), "does not write its text"),
         (GOOD.replace("query(text)", "query()"), "macro 'query' of template 'bad' failed"),
-        (GOOD + "{% endif %}", "'bad', line 5 does not render"),
+        (GOOD + "{% endif %}", "'bad', line 7 does not render"),
         (GOOD + "{{ 1 / 0 }}", "does not render: division by zero"),
         (GOOD + "{{ missing.attribute }}", "does not render: 'missing' is undefined"),
-        (GOOD + "{{ range(10**9) | list }}", "does not render: Range too big"),
+        (GOOD + "{{ range(999999999) | list }}", "does not render: Range too big"),
+        (GOOD + "{{ 9 ** 9 ** 9 }}", "does not render"),
+        (
+            GOOD + "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "must come to an end",
+        ),
         (GOOD + "{{ ''.__class__.__mro__[1].__subclasses__() }}", "'__class__' of 'str' object is unsafe"),
         (GOOD + "{% include 'other' %}", "does not render"),
         (GOOD.replace("{{ text }}", "{{ text[1/0] }}"), "macro 'query' of template 'bad' failed: division by zero"),
@@ -171,52 +178,49 @@ def test_markup_in_a_text_stays_plain_text(name, text):
     assert smollm2().decode(with_markup).count(" ".join(text.split())) == 2
 
 
-PARTS = [
+JOINED = [
     {},
     {"instruction": "Say it.\n\n"},
-    {"instruction": "Say it. "},
     {"instruction": "Say it"},
     {"instruction": ""},
     {"end": "\n\n"},
     {"end": "\n\n\n", "instruction": "Say it.\n\n\n"},
-    {"end": " "},
     {"end": "END"},
     {"end": " ###\n"},
-    {"end": "(", "query": "(Text: {{ text }}\nLabel:"},
+    {"end": ";", "instruction": "Say it.\n\n"},
     {"query": "{{ text }} =>"},
-    {"query": "  Text: {{ text }}\n  Label:"},
     {"query": "Text: {{ text }}\nLabel:\n", "answer": "{{ label }}"},
-    {"query": "Text: {{ text }}\nLabel:\n\n", "answer": "{{ label }}"},
-    {"query": "Text: {{ text }}\nLabel: ", "answer": "{{ label }}"},
     {"query": "Text: {{ text }}\nLabel", "answer": "{{ label }}"},
+]
+REFUSED = [
+    ({"instruction": "Say it. "}, "merges 'Say it. ' with the text after it, 'Text: x"),
+    ({"query": "  Text: {{ text }}\n  Label:"}, "merges '\n' with the text after it, '  Text: x"),
+    ({"query": "Text: {{ text }}\nLabel: ", "answer": "{{ label }}"}, "merges 'Text: x\nLabel: ' with the text after"),
+    ({"query": "{{ text }}\n\n", "answer": "{{ label }}"}, "merges 'x\n\n' with the text after it, 'good"),
+    ({"end": "(", "query": "(Text: {{ text }}\nLabel:"}, "merges ' good(' with the query after it; end that part"),
+    ({"end": " "}, "the answer 'good' contains the terminator ' '"),
 ]
 
 
 @pytest.mark.models
 @pytest.mark.parametrize("labels", [("good", "bad"), ("", "x y")], ids=["words", "empty"])
-@pytest.mark.parametrize("parts", PARTS, ids=repr)
-def test_any_plain_template_is_joined_right_or_refused(parts, labels):
+@pytest.mark.parametrize("parts", JOINED, ids=repr)
+def test_parts_of_any_plain_template_are_joined_right(parts, labels):
     template = plain_template(**parts)
+    encoded = EncodedTemplate.build(template, smollm2(), labels)
     pairs = [("one text", labels[0]), ("Another?", labels[1])]
-    try:
-        encoded = EncodedTemplate.build(template, smollm2(), labels)
-        ids = concatenated(encoded, pairs, "last")
-    except TemplateError as error:
-        # Refused only where a part ends so that the next one merges with it, or an answer ends too early.
-        assert "the tokenizer merges" in str(error) or "contains the terminator" in str(error)
-        assert parts.get("query", "Label:")[-1] in " \nl" or parts.get("end", "")[-1:] in " (" or "" in labels
-    else:
-        assert [ids] == smollm2().encode([rendered(template, labels, pairs, "last")])
-        assert all(word[-len(encoded.terminator_ids) :] == encoded.terminator_ids for word in encoded.label_words())
+    ids = concatenated(encoded, pairs, "last")
+    assert [ids] == smollm2().encode([rendered(template, labels, pairs, "last")])
+    [word] = encoded.answers(["good"])
+    assert word[-len(encoded.terminator_ids) :] == encoded.terminator_ids
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("end", ["\n", "\n\n", " ###\n", ";"])
-def test_blank_lines_between_shots_are_joined_right(end):
-    template = plain_template(instruction="Say it.\n\n", end=end)
-    encoded = EncodedTemplate.build(template, smollm2(), ("good", "bad"))
-    pairs = [("one text", "good"), ("another", "bad")]
-    assert [concatenated(encoded, pairs, "x")] == smollm2().encode([rendered(template, (), pairs, "x")])
+@pytest.mark.parametrize(("parts", "said"), REFUSED, ids=repr)
+def test_parts_that_would_merge_are_refused(parts, said):
+    with pytest.raises(TemplateError) as caught:
+        EncodedTemplate.build(plain_template(**parts), smollm2(), ("good", "bad")).label_words()
+    assert said.replace("\n", "\\n") in str(caught.value)
 
 
 @pytest.mark.models
@@ -275,7 +279,8 @@ def test_chat_templates_that_cannot_be_cut_are_refused(with_chat, source, said):
 def test_a_chat_template_of_another_kind(with_chat):
     tokenizer = with_chat(
         "<|endoftext|>{% for m in messages %}{% if m.role == 'system' %}<<{{ m.content }}>>\n"
-        "{% elif m.role == 'user' %}[Q]\n{{ m.content }}\n[A]\n{% else %}{{ m.content }} <|im_end|>\n{% endif %}{% endfor %}"
+        "{% elif m.role == 'user' %}[Q]\n{{ m.content }}\n[A]\n"
+        "{% else %}{{ m.content }} <|im_end|>\n{% endif %}{% endfor %}"
     )
     template = Template.from_name("classify_chat")
     encoded = EncodedTemplate.build(template, tokenizer, ("a", "b"))
@@ -306,7 +311,7 @@ def encoded_with(labels, name="classify", tokenizer=None):
 
 @pytest.mark.parametrize("name", ["classify", "classify_chat"])
 def test_label_words_that_are_the_same_are_refused(name):
-    with pytest.raises(LabelError, match="the label word of 'a b' is the same as that of 'a_b'|'a_b' .* 'a b'"):
+    with pytest.raises(LabelError, match="the label word of 'a_b' is the same as that of 'a b'"):
         encoded_with(("a_b", "c", "a b"), name).label_words()
     data = Dataset(("x", "y"), ("a_b", "a b"), "classification", "twins")
     with pytest.raises(LabelError, match=f"in template '{name}'; rename one of them"):
@@ -322,7 +327,7 @@ def test_a_label_word_that_begins_another_is_refused():
         without_end.label_words()
     # Where the answer ends as the terminator begins, one word begins another although neither contains the end.
     doubled = EncodedTemplate.build(plain_template(end=".\n."), ByteTokenizer(), ("a", "a.\n"))
-    with pytest.raises(LabelError, match="the label word of 'a' is a prefix of that of 'a.\\\\n'"):
+    with pytest.raises(LabelError, match=r"the label word of 'a' is a prefix of that of 'a\.\\n'"):
         doubled.label_words()
 
 
@@ -348,7 +353,9 @@ def test_falsy_labels_have_words(name):
     words = encoded_with(("", "0", "False", "0.0"), name, smollm2()).label_words()
     ends = "\n" if name == "classify" else "<|im_end|>"
     blank = " " if name == "classify" else ""
-    assert [smollm2().decode(word) for word in words] == [f"{blank}{label}{ends}" for label in ("", "0", "False", "0.0")]
+    assert [smollm2().decode(word) for word in words] == [
+        f"{blank}{label}{ends}" for label in ("", "0", "False", "0.0")
+    ]
 
 
 def test_an_answer_must_not_contain_its_end():

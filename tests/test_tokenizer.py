@@ -112,7 +112,9 @@ def test_chat_is_the_models_own_template(answer_next):
     template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
     expected = template.render(messages=CONVERSATION, add_generation_prompt=answer_next)
     assert smollm2().chat(CONVERSATION, answer_next=answer_next) == expected
-    assert expected.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nwhere is my parcel?<|im_end|>\n")
+    assert expected.startswith(
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nwhere is my parcel?<|im_end|>\n"
+    )
 
 
 @pytest.mark.models

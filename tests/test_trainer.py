@@ -129,4 +129,3 @@ def test_a_diverging_run_leaves_nothing_behind(tiny: str, tmp_path: Path) -> Non
 def test_label_sets_in_words() -> None:
     many = tuple(str(i) for i in range(9))
     assert same_labels(many, ("0",)) == "only the first has '1', '2', '3', '4', '5' and 3 more"
-

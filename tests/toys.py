@@ -44,7 +44,10 @@ def customers() -> Dataset:
 
 
 def plain_template(
-    instruction: str = "Say it.\n", query: str = "Text: {{ text }}\nLabel:", answer: str = " {{ label }}", end: str = "\n"
+    instruction: str = "Say it.\n",
+    query: str = "Text: {{ text }}\nLabel:",
+    answer: str = " {{ label }}",
+    end: str = "\n",
 ) -> Template:
     """A plain template of these parts."""
     return Template(

@@ -1,8 +1,8 @@
 """From a dataset to a reference on disk, and from there to a predictor.
 
-    manifest.json        method, base model, data, seed, settings, curve, hashes
-    template.jinja       the template the model was trained with
-    model.safetensors ...  an ordinary checkpoint with its tokenizer: `transformers` and vLLM load the folder
+manifest.json        method, base model, data, seed, settings, curve, hashes
+template.jinja       the template the model was trained with
+model.safetensors ...  an ordinary checkpoint with its tokenizer: `transformers` and vLLM load the folder
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ import torch
 
 from evaluation.reference.full import FullFineTuning, TrainingExample
 from evaluation.reference.loop import Check, LoopSettings, Report, train
-from icl_compiler.artifact import is_artifact, new_folder, read_manifest, write_manifest
+from icl_compiler.artifact import new_folder, read_manifest, require_replaceable, write_manifest
 from icl_compiler.compile import DEFAULT_TEMPLATES, load_tokenizer, zero_shot_program
 from icl_compiler.data import Dataset
-from icl_compiler.errors import ArtifactError, TrainingError
+from icl_compiler.errors import TrainingError
 from icl_compiler.models import load_causal_lm, locate
 from icl_compiler.predictor import PromptedPredictor, open_backend
 from icl_compiler.templates import EncodedTemplate, Template
@@ -80,8 +80,7 @@ def finetune(
         raise TrainingError("references are trained on labels; this dataset has targets")
     if model == "echo":
         raise TrainingError("the model 'echo' has no weights to train; name a real one with --model")
-    if folder.exists() and not is_artifact(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtifactError(f"{folder} exists and is not a reference; choose another name, or remove it yourself")
+    require_replaceable(folder, kind="reference")
     rows = min(200, round(len(data) * held_out))
     if rows < 1 or rows >= len(data):
         raise TrainingError(
