@@ -81,7 +81,8 @@ class LazyGroup(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
         except OSError as error:
-            fail(f"{error.filename or 'reading or writing failed'}: {error.strerror or error}")
+            where = f"{error.filename or 'reading or writing failed'}: " if error.strerror else ""
+            fail(f"{where}{error.strerror or error}")
         except ModuleNotFoundError as error:
             fail(f"{error}; `icl doctor` says what is missing, and what to do")
         except (MemoryError, RuntimeError) as error:

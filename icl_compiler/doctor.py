@@ -102,6 +102,8 @@ def _processor() -> Finding:
 def _disk() -> Finding:
     folder = cache_folder()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        return Finding("disk", "missing", f"{folder} cannot be written", "set ICL_CACHE to a folder that can")
     free = shutil.disk_usage(existing).free
     detail = f"{free / 2**30:.0f} GiB free for {folder}"
     if free < _SPACE_NEEDED:

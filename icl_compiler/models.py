@@ -145,7 +145,9 @@ def locate(name: str, *, kind: Kind | None = None) -> str:
     if name in EMBEDDED:
         if kind not in (None, EMBEDDED[name].kind):
             others = [model.name for model in EMBEDDED.values() if model.kind == kind]
-            raise ModelError(f"{name!r} is an embedded {EMBEDDED[name].kind}, expected a {kind} such as {others[0]!r}")
+            raise ModelError(
+                f"{name!r} is a model of the kind {EMBEDDED[name].kind!r}, expected {kind!r}, such as {others[0]!r}"
+            )
         return str(EMBEDDED[name].get())
     try:
         path = Path(name).expanduser()
