@@ -30,6 +30,7 @@ from icl_compiler.compile import load_tokenizer, new_retriever
 from icl_compiler.data import Dataset
 from icl_compiler.errors import ArtifactError
 from icl_compiler.program import Pool, Program, Settings
+from icl_compiler.registry import RETRIEVERS
 from icl_compiler.templates import EncodedTemplate, Template
 
 FORMAT = 1
@@ -40,11 +41,17 @@ def save_program(program: Program, folder: Path) -> None:
     """Write `program` as `folder`, in place of a program that is there.
 
     Raises:
-        ArtifactError: if `folder` exists and is not a program, or cannot be written.
+        ArtifactError: if `folder` exists and is not a program, or cannot be written, or if the program could not be
+            loaded again because its retriever stands in no table.
     """
     from safetensors.numpy import save_file
 
     require_replaceable(folder, kind="program")
+    if program.settings.retriever not in RETRIEVERS:
+        raise ArtifactError(
+            f"a program on disk names a retriever of the table, and {program.settings.retriever!r} stands in none; "
+            "add it to RETRIEVERS in icl_compiler/registry.py"
+        )
     with new_folder(folder) as draft:
         (draft / "template.jinja").write_text(program.template.template.source, encoding="utf-8")
         data = program.pool.data

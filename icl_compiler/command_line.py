@@ -45,7 +45,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the command."""
         if cmd_name not in self._table:
-            return None
+            ctx.fail(f"there is no command {cmd_name!r}. {did_you_mean(cmd_name, self._table)}")
         command: click.Command = resolve("command", self._table, cmd_name)
         return command
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -164,7 +165,23 @@ def locate(name: str, *, kind: Kind | None = None) -> str:
             f"there is no model {name!r}.{hint} Expected one of {', '.join(EMBEDDED)}, "
             "a folder with config.json, or a hub name like 'organisation/model'"
         )
+    without_hub_use_its_cache()
     return name
+
+
+@cache
+def without_hub_use_its_cache() -> None:
+    """Where the model hub is out of reach, look for its models and datasets on this machine only.
+
+    Otherwise the library tries for half a minute per file, and says so each time.
+    """
+    from huggingface_hub import constants, get_session
+
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=5)
+        except Exception:  # of whichever library it uses for requests
+            constants.HF_HUB_OFFLINE = True
 
 
 def load_causal_lm(name: str, dtype: "torch.dtype") -> "PreTrainedModel":

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from icl_compiler.errors import ColumnError, DataError, DataFormatError
+from icl_compiler.models import without_hub_use_its_cache
 
 HUB = "hf:"
 
@@ -439,6 +440,8 @@ def _read_hub(source: str) -> Table:
         raise DataError(f"{source} is on this machine; name it without {HUB!r}, as {source.removeprefix(HUB)}")
     import datasets
 
+    if not path.exists():
+        without_hub_use_its_cache()
     try:
         loaded = datasets.load_dataset(name, config or None, split=split)
     except Exception as error:  # the library raises what its many parts raise
@@ -451,11 +454,13 @@ def _hub_failure(source: str, name: str, error: Exception) -> str:
     said = _first_line(error) + (f": {_first_line(error.__cause__)}" if error.__cause__ else "")
     if any(words in said for words in ("Unknown split", "BuilderConfig", "Config name")):
         advice = "expected hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT with a split (and configuration) that it has"
+    elif "any data files" in said:
+        advice = f"there are no data files in {name}"
     elif Path(name).is_dir():
         advice = f"name one of the files in {name} instead, to learn which row of it is at fault"
     elif name.startswith((".", "/", "~")):
         advice = "there is no such folder"
-    elif "OfflineMode" in said:
+    elif "OfflineMode" in said and os.environ.get("HF_HUB_OFFLINE"):
         advice = f"there is no folder {name}, and offline mode forbids to ask the hub; unset HF_HUB_OFFLINE"
     elif "reach" in said:
         advice = f"there is no folder {name}, and the hub cannot be reached; check the network, or name a file"

