@@ -441,6 +441,7 @@ def _demo_reference(pool: "Dataset", folder: Path, seed: int) -> "Reference":
     from evaluation.reference.loop import LoopSettings
     from evaluation.reference.trainer import finetune as train_reference
     from evaluation.reference.trainer import load_reference
+    from icl_compiler.artifact import require_replaceable
     from icl_compiler.errors import ArtifactError
 
     if folder.exists():
@@ -450,6 +451,7 @@ def _demo_reference(pool: "Dataset", folder: Path, seed: int) -> "Reference":
                 say(f"     {folder} is trained on the same messages already")
                 return kept
         except ArtifactError:
+            require_replaceable(folder, kind="reference")
             say(f"     {folder} is damaged and is trained again")
     settings = LoopSettings(epochs=4, learning_rate=3e-4, seed=seed)
     with _training_bar(f"seed {seed}") as report:

@@ -30,13 +30,12 @@ class SentenceEncoder:
         """One vector of length 1 per text, float32; a text is encoded once and remembered."""
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if new:
-            slow = len(new) > _FAST
             vectors = self._encoder.encode(
                 new,
                 batch_size=64,
                 normalize_embeddings=True,
                 convert_to_numpy=True,
-                show_progress_bar=slow and sys.stderr.isatty(),
+                show_progress_bar=len(new) > _FAST and sys.stderr.isatty(),
             )
             if len(self._known) + len(new) > _REMEMBERED:
                 self._known = {text: self._known[text] for text in texts if text in self._known}

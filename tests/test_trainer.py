@@ -11,7 +11,7 @@ from evaluation.reference.loop import LoopSettings
 from evaluation.reference.trainer import finetune, load_reference, same_labels
 from icl_compiler.compile import compile_program
 from icl_compiler.data import Dataset
-from icl_compiler.errors import ArtifactError, EvaluationError, TrainingError
+from icl_compiler.errors import ArtifactError, ContextLengthError, EvaluationError, TrainingError
 from icl_compiler.models import locate
 from icl_compiler.predictor import open_backend
 
@@ -112,6 +112,12 @@ def test_bad_training_data(tiny: str, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="2 labels have no example left to train on"):
         data = Dataset(("x", "y", "z"), ("a", "b", "c"), "classification", "three")
         finetune(data, tmp_path / "r", model=tiny, held_out=0.6)
+    with pytest.raises(
+        ContextLengthError, match=r"1 of the texts exceed the context .*, 256 tokens; the longest has 3"
+    ):
+        long = words(20, 1)
+        data = Dataset((*long.texts, "dog " * 300), (*long.answers, "animal"), "classification", "long")
+        finetune(data, tmp_path / "r", model=tiny)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("keep me")
     with pytest.raises(ArtifactError, match="is not a reference"):

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from evaluation.reference.full import FullFineTuning, TrainingExample
+from evaluation.reference.full import FullFineTuning, TrainingExample, count_tokens
 from evaluation.reference.loop import Check, LoopSettings, Report, train
 from icl_compiler.artifact import new_folder, read_manifest, require_replaceable, write_manifest
 from icl_compiler.compile import DEFAULT_TEMPLATES, load_tokenizer, zero_shot_program
 from icl_compiler.data import Dataset
-from icl_compiler.errors import TrainingError
+from icl_compiler.errors import ContextLengthError, TrainingError
 from icl_compiler.models import load_causal_lm, locate
 from icl_compiler.predictor import PromptedPredictor, open_backend
 from icl_compiler.templates import EncodedTemplate, Template
@@ -95,12 +95,14 @@ def finetune(
     encoded.label_words()
     torch.manual_seed(settings.seed)
     network: Any = load_causal_lm(model, torch.float32)
+    training, stopping = _examples(encoded, trained), _examples(encoded, stopped_on)
+    _require_fit([*training, *stopping], network.config.get_text_config().max_position_embeddings, model)
     gpu = torch.cuda.is_available()
     network.to("cuda" if gpu else "cpu").train()
     method = FullFineTuning(
         network,
-        _examples(encoded, trained),
-        _examples(encoded, stopped_on),
+        training,
+        stopping,
         first_layer=first_layer,
         bfloat16=gpu or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
     )
@@ -149,6 +151,15 @@ def load_reference(folder: Path) -> Reference:
 def _examples(encoded: EncodedTemplate, data: Dataset) -> list[TrainingExample]:
     pairs = zip(encoded.queries(data.texts), encoded.answers(data.answers), strict=True)
     return [TrainingExample([*encoded.head, *query], answer) for query, answer in pairs]
+
+
+def _require_fit(examples: Sequence[TrainingExample], context: int, model: str) -> None:
+    lengths = count_tokens(examples)
+    if lengths.max() > context:
+        raise ContextLengthError(
+            f"{int((lengths > context).sum())} of the texts exceed the context of {model!r}, {context} tokens; the longest "
+            f"has {lengths.max()} with its answer. Shorten them, or leave them out"
+        )
 
 
 def _require_labels(data: Dataset, trained: Dataset) -> None:
