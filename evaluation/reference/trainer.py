@@ -157,8 +157,8 @@ def _require_fit(examples: Sequence[TrainingExample], context: int, model: str) 
     lengths = count_tokens(examples)
     if lengths.max() > context:
         raise ContextLengthError(
-            f"{int((lengths > context).sum())} of the texts exceed the context of {model!r}, {context} tokens; the longest "
-            f"has {lengths.max()} with its answer. Shorten them, or leave them out"
+            f"{int((lengths > context).sum())} of the texts exceed the context of {model!r}, {context} tokens; "
+            f"the longest has {lengths.max()} with its answer. Shorten them, or leave them out"
         )
 
 
