@@ -46,7 +46,7 @@ class FullFineTuning:
     ) -> None:
         layers = len(model.base_model.layers)
         if not 0 <= first_layer < layers:
-            raise TrainingError(f"first_layer should be from 0 to {layers - 1} for this model, is now {first_layer}")
+            raise TrainingError(f"--first-layer should be from 0 to {layers - 1} for this model, is now {first_layer}")
         self._model = model
         self._bfloat16 = bfloat16
         self._device = next(model.parameters()).device
