@@ -3,6 +3,8 @@
 - Prompts and label words are token ids; a backend knows no text.
 - `label_logprobs` is exact for label words of any length: `log P(word | prompt)`, the product over its tokens
   at temperature 1, without truncation or penalties.
+- An engine that gives only the k likeliest tokens cannot be exact; its answer then carries lower and upper bounds,
+  and says so (`LabelScores.upper`).
 - Every answer says what it cost: tokens in the prompts, tokens really computed, forward passes. Hidden model
   calls are a defect.
 """
@@ -42,7 +44,10 @@ class LabelScores(NamedTuple):
     """Log-probabilities of label words, in nats, and their cost."""
 
     logprobs: Float[np.ndarray, "prompts labels"]
+    """Exact where `upper` is `None`, else lower bounds; `-inf` where nothing is known from below."""
     usage: Usage
+    upper: Float[np.ndarray, "prompts labels"] | None = None
+    """Upper bounds, of an engine that gives only the k likeliest tokens."""
 
 
 class Generation(NamedTuple):
@@ -57,9 +62,18 @@ class Generation(NamedTuple):
 
 
 class Generations(NamedTuple):
-    """A continuation of every prompt, and what all of them cost together."""
+    """Continuations of every prompt, and what all of them cost together."""
 
     items: list[Generation]
+    """All samples of the first prompt, then all of the second, and so on."""
+    usage: Usage
+
+
+class SequenceScores(NamedTuple):
+    """Log-probabilities of given continuations, in nats, and their cost."""
+
+    logprobs: list[Float[np.ndarray, " _"]]
+    """For each continuation the log-probability of each of its tokens, after the prompt and the tokens before it."""
     usage: Usage
 
 
@@ -99,8 +113,21 @@ class Backend(Protocol):
         terminator: TokenIds,
         *,
         max_new_tokens: int,
+        samples: int = 1,
         temperature: float = 1.0,
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Generations:
-        """One continuation of every prompt, up to `terminator`; temperature 0 takes the likeliest token."""
+        """`samples` continuations of every prompt, up to `terminator`; temperature 0 takes the likeliest token.
+
+        The same `seed` gives the same continuations on the same engine and machine.
+        """
+
+    def sequence_logprobs(
+        self,
+        prompts: Sequence[TokenIds],
+        continuations: Sequence[TokenIds],
+        *,
+        progress: Progress | None = None,
+    ) -> SequenceScores:
+        """Log-probability of each token of `continuations[i]` after `prompts[i]`; no continuation is empty."""
