@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from evaluation.formatting import amount, levels_in_words, share, with_interval
+from evaluation.formatting import amount, counted, levels_in_words, share, with_interval
 from evaluation.measurement import SERIES, Group, Measurement
 
 # These do not depend on the number of examples in the pool: drawn as a level across the plot.
@@ -117,11 +117,11 @@ def _budget_curve(rows: Sequence[Measurement], head: Measurement) -> Figure:
     for series in LEVELS:
         level = [row for row in rows if row.series == series]
         if len({row.n_examples for row in level}) == 1:
-            traces += [trace for row in level for trace in _level(series, row, "gap", ends)]
+            traces += [trace for row in level for trace in _level(_title(row), row, "gap", ends)]
     for place, n in enumerate(reversed(sizes)):
         line = sorted((row for row in programs if row.n_examples == n), key=lambda row: row.max_prompt_tokens or 0)
         x = [row.prompt_tokens_per_query or float(row.max_prompt_tokens or 1) for row in line]
-        traces += _line(f"program, {n:,} examples", line, "gap", x, DASHES[place])
+        traces += _line(f"program, {counted(n, 'example')}", line, "gap", x, DASHES[place])
     axis = {
         "type": "log",
         "title": {"text": "prompt tokens per query"},
@@ -137,7 +137,8 @@ def _dots(rows: Sequence[Measurement], value: str) -> Figure:
     lines = {}
     for name, line in _lines(rows).items():
         for row in line:
-            more = [f"{row.n_examples:,} examples"] if len({row.n_examples for row in line}) > 1 else []
+            sizes = {row.n_examples for row in line}
+            more = [counted(row.n_examples, "example")] if len(sizes) > 1 and row.n_examples is not None else []
             more += [f"seed {row.seed}"] if len({row.seed for row in line}) > 1 else []
             lines[", ".join([name, *map(html.escape, more)])] = row
     traces: list[Figure] = []
@@ -207,21 +208,22 @@ def _span(low: float, high: float) -> Figure:
 
 
 def _lines(rows: Sequence[Measurement]) -> dict[str, list[Measurement]]:
-    """The rows of each line of a plot by its name, escaped: the series and what else tells it from others.
+    """The rows of each line of a plot by its name, escaped: the title and what else tells it from others.
 
     Seeds share a line. A reference is a difference only where two rows differ in nothing else.
     """
     lines: dict[str, list[Measurement]] = {}
     for series in SERIES:
         members = [row for row in rows if row.series == series]
-        cells = [(row.n_examples, row.max_prompt_tokens, row.retriever, row.seed) for row in members]
+        cells = [(row.n_examples, row.max_prompt_tokens, row.retriever, row.seed, row.title) for row in members]
         words = {"retriever": "{}", "max_prompt_tokens": "{:,} tokens", "reference": "{}"}
         differing = [name for name in words if len({getattr(row, name) for row in members} - {None}) > 1]
         if len(set(cells)) == len(cells) and "reference" in differing:
             differing.remove("reference")
         for row in sorted(members, key=lambda row: row.n_examples or 0):
             values = [words[name].format(getattr(row, name)) for name in differing if getattr(row, name)]
-            lines.setdefault(html.escape(", ".join([series, *values]), quote=False), []).append(row)
+            name = ", ".join(html.escape(part, quote=False) for part in (row.title, *values))
+            lines.setdefault(name, []).append(row)
     return lines
 
 
@@ -255,13 +257,18 @@ def _level(name: str, row: Measurement, value: str, ends: tuple[float, float]) -
     """A level across the plot with its interval as a band."""
     at, low, high = (getattr(row, value + end) for end in ("", "_low", "_high"))
     x = [ends[0] * (ends[1] / ends[0]) ** (step / 24) for step in range(25)]  # places to hover over
-    dash = {"floor": "solid", "zero shots": "dash", "neighbours' vote": "dashdot"}.get(row.series, "dot")
+    dashes = {
+        "floor": "solid",
+        "zero shots": "dash",
+        "neighbours' vote": "dashdot",
+        "scoring noise, float32": "longdash",
+    }
     line: Figure = {
         "type": "scatter",
         "mode": "lines",
         "x": x,
         "y": [at] * len(x),
-        "line": {"color": _colour(row), "width": 2, "dash": dash},
+        "line": {"color": _colour(row), "width": 2, "dash": dashes.get(row.title, "dot")},
         "name": f"{name} {share(at)}",
         "legendgroup": name,
         "legendrank": _rank(row),
@@ -332,14 +339,18 @@ def _marker(row: Measurement, size: int) -> Figure:
 
 def _hover(row: Measurement, value: str) -> str:
     at, low, high = (getattr(row, value + end) for end in ("", "_low", "_high"))
-    facts = [row.series, f"{value} {with_interval(at, low, high, 3)}"]
-    facts += [f"{row.n_examples:,} examples"] if row.n_examples is not None else []
+    facts = [row.title, f"{value} {with_interval(at, low, high, 3)}"]
+    facts += [counted(row.n_examples, "example")] if row.n_examples is not None else []
     facts += [f"budget {row.max_prompt_tokens:,} tokens"] if row.max_prompt_tokens is not None else []
     facts += [f"{amount(row.shots_per_query)} shots per query"] if row.shots_per_query is not None else []
     facts += [f"retriever {row.retriever}"] if row.retriever else []
-    facts += [f"{row.n_queries:,} queries"] if row.n_queries is not None else []
+    facts += [counted(row.n_queries, "query", "queries")] if row.n_queries is not None else []
     facts += [f"seed {row.seed}"] if row.seed is not None else []
     return "<br>".join(html.escape(fact, quote=False) for fact in facts)
+
+
+def _title(row: Measurement) -> str:
+    return html.escape(row.title, quote=False)
 
 
 def _rank(row: Measurement) -> int:

@@ -192,7 +192,8 @@ def evaluate(
     The gap is the total variation between their answers to the test texts, with an interval: 0 where they answer
     alike, 1 where they never do. Beside it stand the baselines: zero shots, random shots, the vote of the
     neighbours without a language model, the floor (two references, two seeds) and the noise of scoring the same
-    program twice. Where the program was compiled from some of the test texts, these are left out of its pool.
+    program again, in other batches and in float32. Where the program was compiled from some of the test texts,
+    these are left out of its pool.
 
     \b
       icl evaluate program --reference reference --data test.csv -o report.html
@@ -304,8 +305,9 @@ def demo(output: Path, queries: int, n_train: int, seed: int, as_json: bool) -> 
         )
     rows = output / "rows.jsonl"
     rows.unlink(missing_ok=True)
+    warnings = [warning for result in results for warning in result.warnings]
     command = f"icl demo --queries {queries} --train {n_train} --seed {seed}"
-    finish(results, output / "report.html", rows, [], [command], as_json=as_json)
+    finish(results, output / "report.html", rows, warnings, [command], as_json=as_json)
     say(f"\nDone in {(time.perf_counter() - started) / 60:.1f} minutes. Open {output}/report.html in a browser.")
 
 
@@ -323,6 +325,7 @@ def measure_sizes(
 ) -> "list[Evaluation]":
     """Evaluate the program with pools of several sizes; all baselines with the largest, the vote with every one."""
     from evaluation.evaluate import evaluate as evaluate_program
+    from evaluation.float32 import float32_opener
     from icl_compiler.compile import with_pool
 
     results = []
@@ -340,6 +343,7 @@ def measure_sizes(
                 dataset_name=dataset_name,
                 level=level,
                 series=series if largest else [name for name in series if name == "neighbours' vote"],
+                float32_backend=float32_opener(engine, program.settings.model),
                 progress=progress,
             )
         )
@@ -413,12 +417,13 @@ def draw(data: "Dataset", queries: int | None, *, seed: int) -> "Dataset":
     """
     import numpy as np
 
+    from evaluation.formatting import counted
     from icl_compiler.errors import DataError
 
     if queries is None:
         return data
     if queries > len(data):
-        raise DataError(f"--queries {queries} exceeds the {len(data)} rows of the test data")
+        raise DataError(f"--queries {queries} exceeds the {counted(len(data), 'row')} of the test data")
     rows = np.random.default_rng(seed).choice(len(data), size=queries, replace=False)
     return data.take(sorted(rows.tolist()))
 
@@ -429,11 +434,12 @@ def pool_sizes(program: "Program", examples: Sequence[int]) -> list[int]:
     Raises:
         DataError: if one is larger than the program's pool.
     """
+    from evaluation.formatting import counted
     from icl_compiler.errors import DataError
 
     largest = len(program.pool.data)
     if examples and max(examples) > largest:
-        raise DataError(f"--examples {max(examples)} exceeds the {largest} rows of the program's pool")
+        raise DataError(f"--examples {max(examples)} exceeds the {counted(largest, 'row')} of the program's pool")
     return sorted({*examples, largest})
 
 

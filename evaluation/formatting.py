@@ -58,6 +58,15 @@ def amount(value: float | int | None) -> str:
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
 
 
+def counted(count: int, one: str, more: str | None = None) -> str:
+    """A count with its noun; `more` is the plural that is not made by an s.
+
+    >>> counted(1, "example"), counted(1200, "example"), counted(2, "query", "queries")
+    ('1 example', '1,200 examples', '2 queries')
+    """
+    return f"{count:,} {one if count == 1 else more or one + 's'}"
+
+
 def levels_in_words(rows: Iterable[Measurement]) -> str:
     """The confidence levels of the rows, to stand before "intervals".
 

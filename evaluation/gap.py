@@ -3,6 +3,9 @@
 The outcomes are the labels and "other" (all other continuations); the total variation over them is exact for each
 query, so that the only uncertainty is which queries were drawn. The mean over queries is the total variation of the
 joint law of query and answer; |accuracy difference| of sampled answers is at most the gap.
+
+Where an engine gives only its likeliest tokens, the total variation of a query is known within bounds, and so is the
+mean; the interval then covers both: what was not said, and which queries were drawn.
 """
 
 from collections.abc import Sequence
@@ -11,22 +14,32 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from evaluation.formatting import counted
 from evaluation.intervals import Interval, betting
-from evaluation.tv import tv_distance, with_other
+from evaluation.tv import Box, box_with_other, boxed_tv, tv_distance, with_other
 from icl_compiler.errors import EvaluationError
 from icl_compiler.predictor import Predictions
 
 
 class Gap(NamedTuple):
-    """Mean total variation over the queries, in [0, 1], with its interval."""
+    """Mean total variation over the queries, in [0, 1], with its interval.
+
+    Attributes:
+        per_query: the total variation of each query; the midpoint, where only bounds are known.
+        bounds: where only bounds are known, those of the mean over these queries; `mean` is their midpoint.
+    """
 
     mean: float
     interval: Interval
     per_query: Float[np.ndarray, " queries"]
+    bounds: Interval | None = None
 
 
 def gap(first: Predictions, second: Predictions, *, level: float = 0.95) -> Gap:
     """The gap between two predictors on the same texts; the interval holds for queries drawn i.i.d.
+
+    It holds also where the predictions are bounds: its low end is that of the lowest total variations they allow, its
+    high end that of the highest.
 
     Raises:
         EvaluationError: if the two speak of other labels, or of another number of texts.
@@ -34,10 +47,18 @@ def gap(first: Predictions, second: Predictions, *, level: float = 0.95) -> Gap:
     if set(first.labels) != set(second.labels) or len(first.probabilities) != len(second.probabilities):
         raise EvaluationError(
             f"two predictors are compared on the same labels and texts; these have {len(first.labels)} and "
-            f"{len(second.labels)} labels, {len(first.probabilities)} and {len(second.probabilities)} texts"
+            f"{counted(len(second.labels), 'label')}, {len(first.probabilities)} and "
+            f"{counted(len(second.probabilities), 'text')}"
         )
     order = [second.labels.index(label) for label in first.labels]
-    return gap_of_laws(with_other(first.probabilities), with_other(second.probabilities[:, order]), level=level)
+    second = second._replace(
+        labels=first.labels,
+        probabilities=second.probabilities[:, order],
+        upper=None if second.upper is None else second.upper[:, order],
+    )
+    if _is_exact(first) and _is_exact(second):
+        return gap_of_laws(with_other(first.probabilities), with_other(second.probabilities), level=level)
+    return _gap_of_boxes(_box(first), _box(second), level=level)
 
 
 def gap_of_laws(
@@ -54,6 +75,23 @@ def gap_of_laws(
     distances = tv_distance(p, q)
     shuffled = np.random.default_rng(0).permutation(distances)
     return Gap(float(distances.mean()), betting(shuffled, delta=1 - level), distances)
+
+
+def _gap_of_boxes(p: Box, q: Box, *, level: float) -> Gap:
+    lowest, highest = boxed_tv(p, q)
+    order = np.random.default_rng(0).permutation(len(lowest))
+    low, high = (betting(ends[order], delta=1 - level) for ends in (lowest, highest))
+    middle = (lowest + highest) / 2
+    bounds = Interval(float(lowest.mean()), float(highest.mean()))
+    return Gap(float(middle.mean()), Interval(low.low, high.high), middle, bounds)
+
+
+def _is_exact(said: Predictions) -> bool:
+    return said.upper is None or not (said.upper > said.probabilities).any()
+
+
+def _box(said: Predictions) -> Box:
+    return box_with_other(said.probabilities, said.probabilities if said.upper is None else said.upper)
 
 
 def calibration_error(
@@ -81,6 +119,6 @@ def require_known(labels: Sequence[str], answers: Sequence[str]) -> None:
     if unknown:
         shown = ", ".join(map(repr, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         raise EvaluationError(
-            f"the test data has {len(unknown)} labels that the program does not know ({shown}); "
+            f"the test data has {counted(len(unknown), 'label')} that the program does not know ({shown}); "
             "evaluate on the labels it was compiled for"
         )

@@ -29,7 +29,13 @@ SERIES = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """A row, checked: numbers are numbers or None, proportions lie in [0, 1]."""
+    """A row, checked: numbers are numbers or None, proportions lie in [0, 1].
+
+    Attributes:
+        gap_truncation: by how much the bounds of a mean gap differ, whose midpoint is `gap`: of an engine that gives
+            only its likeliest tokens. The interval covers it. `None` where the gap is exact.
+        noise_against: of scoring noise, what the program was compared with: itself in "other batches", or in "float32".
+    """
 
     series: str
     dataset: str | None = None
@@ -40,6 +46,7 @@ class Measurement:
     gap: float | None = None
     gap_low: float | None = None
     gap_high: float | None = None
+    gap_truncation: float | None = None
     level: float | None = None
     n_queries: int | None = None
     accuracy: float | None = None
@@ -52,6 +59,7 @@ class Measurement:
     prompt_tokens_per_query: float | None = None
     computed_tokens_per_query: float | None = None
     seconds_per_query: float | None = None
+    noise_against: str | None = None
     model: str | None = None
     reference: str | None = None
     seed: int | None = None
@@ -59,6 +67,15 @@ class Measurement:
     machine: str | None = None
     commit: str | None = None
     version: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The series, and of scoring noise what it is against.
+
+        >>> Measurement("scoring noise", noise_against="float32").title
+        'scoring noise, float32'
+        """
+        return f"{self.series}, {self.noise_against}" if self.noise_against else self.series
 
     @classmethod
     def from_row(cls, row: Row, number: int = 1) -> "Measurement":
@@ -137,9 +154,10 @@ class Group(NamedTuple):
         measured = [row for row in self.rows if row.series == "program" and row.gap is not None]
         return max(measured, key=lambda row: (row.n_examples or 0, row.max_prompt_tokens or 0), default=None)
 
-    def beside(self, series: str) -> Measurement | None:
+    def beside(self, series: str, *, noise_against: str | None = None) -> Measurement | None:
         """The measured row of a series that is most like the head."""
-        found = [row for row in self.rows if row.series == series and row.gap is not None]
+        wanted = (series, noise_against)
+        found = [row for row in self.rows if (row.series, row.noise_against) == wanted and row.gap is not None]
         alike = ("reference", "n_examples", "max_prompt_tokens", "retriever", "seed")
         return min(
             found,

@@ -7,8 +7,11 @@ called undecided, whatever the points say. No interval, no claim.
 from collections.abc import Sequence
 from typing import Literal
 
-from evaluation.formatting import joined, one_line, share, with_interval
+from evaluation.formatting import counted, joined, one_line, share, with_interval
 from evaluation.measurement import SERIES, Group, Measurement, Row, grouped, measurements
+
+SEEN = 0.005
+"""The least scoring noise that shows in the two digits of a gap."""
 
 
 def verdict_sentence(rows: Sequence[Row]) -> list[str]:
@@ -106,15 +109,16 @@ def sentences(group: Group) -> list[str]:
         _trend(group, head),
         *_other_cells(group, head),
         _label_mass(head),
-        _noise(head, group.beside("scoring noise")),
+        _truncation(head),
+        _noise(group, head),
     ]
     return [sentence for sentence in found if sentence]
 
 
 def _gap_and_floor(head: Measurement, floor: Measurement | None) -> str:
-    examples = f"With {head.n_examples:,} examples the" if head.n_examples is not None else "The"
+    examples = f"With {counted(head.n_examples, 'example')} the" if head.n_examples is not None else "The"
     reference = f"the fine-tuned reference ({head.reference})" if head.reference else "the fine-tuned reference"
-    queries = f", on {head.n_queries:,} queries" if head.n_queries else ""
+    queries = f", on {counted(head.n_queries, 'query', 'queries')}" if head.n_queries else ""
     apart = f"; two fine-tunings with different seeds are {_text(floor)} apart (the floor)" if floor else ""
     model = head.model or "model"
     return f"{examples} prompted {model} is {_text(head)} in total variation from {reference}{queries}{apart}."
@@ -171,7 +175,7 @@ def _closer(head: Measurement, other: Measurement) -> str:
     nearer, further = sorted((head, other), key=lambda row: row.gap or 0.0)
     names = {id(head): "the prompt", id(other): SERIES[other.series][0]}
     if other.series not in ("zero shots", "floor") and other.n_examples not in (None, head.n_examples):
-        names[id(other)] += f" (with {other.n_examples:,} examples)"
+        names[id(other)] += f" (with {counted(other.n_examples or 0, 'example')})"
     near, far = names[id(nearer)], names[id(further)]
     order = _order(nearer, further)
     if order == "below":
@@ -209,7 +213,9 @@ def _trend(group: Group, head: Measurement) -> str:
     if len({row.n_examples for row in line}) < 2:
         return ""
     first = min(line, key=lambda row: row.n_examples or 0)
-    change = f"{_text(first)} with {first.n_examples:,} examples to {_text(head)} with {head.n_examples:,}"
+    change = (
+        f"{_text(first)} with {counted(first.n_examples or 0, 'example')} to {_text(head)} with {head.n_examples:,}"
+    )
     return {
         "above": f"The gap falls from {change}.",
         "below": f"The gap grows from {change}: more examples take the prompt further from the reference.",
@@ -249,13 +255,28 @@ def _label_mass(head: Measurement) -> str:
     )
 
 
-def _noise(head: Measurement, noise: Measurement | None) -> str:
-    if noise is None or _order(noise, head) == "below":
+def _truncation(head: Measurement) -> str:
+    if (head.gap_truncation or 0.0) < SEEN / 10:
         return ""
     return (
-        f"The scoring noise ({_text(noise)}) is not clearly below the gap: "
-        "the same model, scored in other batches, differs as much."
+        "The engine gave only its likeliest tokens, so that the gap is known within bounds on these queries: they are "
+        f"{share(head.gap_truncation)} apart, the figure is their midpoint, and the interval covers both."
     )
+
+
+def _noise(group: Group, head: Measurement) -> str:
+    kinds = dict.fromkeys(row.noise_against for row in group.rows if row.series == "scoring noise")
+    noises = [row for kind in kinds if (row := group.beside("scoring noise", noise_against=kind))]
+    if not noises:
+        return ""
+    noise = max(noises, key=lambda row: row.gap or 0.0)
+    again = f"the same prompts, scored in {noise.noise_against or 'other batches'}"
+    apart = f"differ by {with_interval(noise.gap, noise.gap_low, noise.gap_high, 3)}, on {_queries(noise, noise)}"
+    if _order(noise, head) != "below":
+        return f"The scoring noise is not clearly below the gap: {again}, {apart}."
+    if (noise.gap or 0.0) < SEEN:
+        return ""
+    return f"Differences between gaps that are below the scoring noise mean nothing: {again}, {apart}."
 
 
 def _order(a: Measurement, b: Measurement) -> Literal["above", "below", "overlap", "unknown"]:
@@ -283,7 +304,7 @@ def _alike(group: Group, head: Measurement, but: str) -> list[Measurement]:
 
 def _queries(a: Measurement, b: Measurement) -> str:
     counts = [row.n_queries for row in (a, b) if row.n_queries]
-    return f"{min(counts):,} queries" if counts else "these queries"
+    return counted(min(counts), "query", "queries") if counts else "these queries"
 
 
 def _text(row: Measurement) -> str:

@@ -23,7 +23,7 @@ def summary_lines(rows: Sequence[Row]) -> list[str]:
     """
     measured = measurements(rows)
     columns: list[tuple[str, bool, Callable[[Measurement], str]]] = [
-        ("series", False, lambda row: row.series),
+        ("series", False, lambda row: row.title),
         ("n", True, lambda row: amount(row.n_examples)),
         ("gap", False, lambda row: with_interval(row.gap, row.gap_low, row.gap_high, 3)),
         ("accuracy", True, lambda row: share(row.accuracy, 3)),

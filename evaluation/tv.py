@@ -6,7 +6,8 @@
 - Sequences are sampled at temperature 1 and scored under both models; a log ratio is log P(x) - log Q(x). The
   functions give one value in [0, 1] per sample (or pair): average them within a query, then take an interval
   over queries. With long answers the TV of sequences is close to 1 and says little: use `mean_token_tv`.
-- `topk_bounds` is an interval without probability: it holds for every law with the given top-k.
+- `topk_bounds` and `boxed_tv` are intervals without probability: they hold for every law with the given top-k, or
+  between the given bounds.
 """
 
 import math
@@ -33,6 +34,13 @@ class Sandwich(NamedTuple):
 
     lower: Float[np.ndarray, "*shape"]
     upper: Float[np.ndarray, "*shape"]
+
+
+class Box(NamedTuple):
+    """All laws between two bounds: in each row any `law` with `lower <= law <= upper` and sum 1."""
+
+    lower: Float[np.ndarray, "queries outcomes"]
+    upper: Float[np.ndarray, "queries outcomes"]
 
 
 class PluginTV(NamedTuple):
@@ -83,6 +91,70 @@ def with_other(label_probs: Float[np.ndarray, "queries labels"]) -> Float[np.nda
     np.divide(label_probs, np.maximum(sums, 1.0)[:, None], out=complete[:, :-1])
     complete[:, -1] = np.maximum(1.0 - sums, 0.0)
     return complete
+
+
+def box_with_other(lower: Float[np.ndarray, "queries labels"], upper: Float[np.ndarray, "queries labels"]) -> Box:
+    """All laws over labels and "other" (last column) that give each label a probability between `lower` and `upper`.
+
+    "other" has what the labels leave: at most 1 - sum(lower), at least 1 - sum(upper). Rows whose lower bounds exceed
+    a sum of 1 by up to 1e-3 (models in bfloat16) are divided by it.
+
+    Raises:
+        NotADistributionError: lower bounds as in `with_other`; an upper bound that is NaN or below its lower one.
+
+    >>> box = box_with_other(np.array([[0.5, 0.0]]), np.array([[0.5, 0.1]]))
+    >>> box.lower, box.upper
+    (array([[0.5, 0. , 0.4]]), array([[0.5, 0.1, 0.5]]))
+    """
+    most_other = with_other(lower)
+    if not (right := upper >= lower - TOLERANCE).all():
+        row, column = np.argwhere(~right)[0].tolist()
+        raise NotADistributionError(
+            f"upper[{row}, {column}] is {upper[row, column]}, expected at least the lower bound {lower[row, column]}"
+        )
+    scale = np.maximum(lower.sum(axis=1, dtype=np.float64), 1.0)[:, None]
+    least, most = most_other.copy(), most_other
+    most[:, :-1] = np.clip(upper / scale, least[:, :-1], 1.0)
+    least[:, -1] = np.clip(1 - most[:, :-1].sum(axis=1), 0.0, most[:, -1])
+    return Box(least, most)
+
+
+def boxed_tv(p: Box, q: Box) -> Sandwich:
+    """Bounds on the TV, within [0, 1], that hold for every law of `p` against every law of `q`, row by row.
+
+    For engines that give only their likeliest tokens; a law that is known exactly is the box `Box(law, law)`. The
+    lower bound is attained. The upper one, if one of the two laws is known, is too large by at most a quarter of the
+    widest range of an outcome (the exact one would take a search over all events).
+
+    Source: the overlap sum min(P, Q) = 1 - TV is largest if what each law has above its lower bounds goes onto the
+    lower bounds of the other first, then in pairs onto what both leave free, as in `topk_bounds`. With D = P - Q, the
+    sums of D's positive and of its negative parts are both the TV, and so is t times the one plus 1 - t times the
+    other; each term of that is largest at an end of its range, and the least sum over t lies where two ends tie.
+
+    Raises:
+        NotADistributionError: a negative or NaN bound, a lower one above its upper one, a row without a law of sum 1.
+
+    >>> known = np.array([[0.4, 0.3, 0.3]])
+    >>> boxed_tv(Box(np.array([[0.5, 0.0, 0.4]]), np.array([[0.5, 0.1, 0.5]])), Box(known, known))
+    Sandwich(lower=array([0.2]), upper=array([0.3]))
+    """
+    for name, (lower, upper) in (("p", p), ("q", q)):
+        sums = lower.sum(axis=1), upper.sum(axis=1)
+        possible = (sums[0] <= 1 + TOLERANCE) & (sums[1] >= 1 - TOLERANCE)
+        _check_rows(f"{name}.lower", lower, possible & (lower <= upper).all(axis=1), "a law between the bounds")
+    p_rest, q_rest = (np.maximum(1 - box.lower.sum(axis=1), 0.0) for box in (p, q))
+    either, both = np.maximum(p.lower, q.lower), np.minimum(p.lower, q.lower).sum(axis=1)
+    p_on_q = np.minimum(p_rest, _room(p.lower, np.minimum(q.lower, p.upper)))
+    q_on_p = np.minimum(q_rest, _room(q.lower, np.minimum(p.lower, q.upper)))
+    in_pairs = np.minimum(np.minimum(p_rest - p_on_q, q_rest - q_on_p), _room(either, np.minimum(p.upper, q.upper)))
+    least_tv = 1 - (both + p_on_q + q_on_p + in_pairs)
+    low, high = p.lower - q.upper, p.upper - q.lower
+    ties = np.clip(np.divide(-low, high - low, out=np.zeros_like(low), where=high > low), 0.0, 1.0)
+    most_tv = 1 - both
+    for t in (np.zeros(len(low)), *ties.T, np.ones(len(low))):
+        most_tv = np.minimum(most_tv, np.maximum(t[:, None] * high, (t[:, None] - 1) * low).sum(axis=1))
+    least_tv = np.clip(least_tv, 0.0, 1.0)
+    return Sandwich(least_tv, np.clip(most_tv, least_tv, 1.0))
 
 
 def one_sided(log_ratio: Float[np.ndarray, "*samples"]) -> Float[np.ndarray, "*samples"]:
@@ -298,6 +370,13 @@ def plugin_tv(
         radius += eps_tv(int(counts.sum()), len(counts), delta=delta / 2)
     value = min(1.0, float(np.abs(laws[0] - laws[1]).sum()) / 2)
     return PluginTV(value, Interval(max(0.0, value - radius), min(1.0, value + radius)))
+
+
+def _room(
+    lower: Float[np.ndarray, "queries outcomes"], upper: Float[np.ndarray, "queries outcomes"]
+) -> Float[np.ndarray, " queries"]:
+    room: Float[np.ndarray, " queries"] = np.maximum(upper - lower, 0.0).sum(axis=1)
+    return room
 
 
 def _check_rows(

@@ -19,10 +19,11 @@ class Predictions(NamedTuple):
 
     Attributes:
         probabilities: of each label, in the order of `labels`; a row sums to at most 1, the rest is the mass
-            of all other continuations ("other").
+            of all other continuations ("other"). Lower bounds where `upper` is given: "other" then is an upper bound.
         prompt_tokens: tokens of each prompt.
         usage: tokens computed and forward passes, over all texts.
         seconds: wall time, making the prompts included.
+        upper: upper bounds on the probabilities, from an engine that gives only its likeliest tokens; else `None`.
     """
 
     labels: tuple[str, ...]
@@ -30,10 +31,11 @@ class Predictions(NamedTuple):
     prompt_tokens: Int64[np.ndarray, " texts"]
     usage: Usage
     seconds: float
+    upper: Float[np.ndarray, "texts labels"] | None = None
 
     @property
     def best(self) -> Int64[np.ndarray, " texts"]:
-        """Position of the likeliest label of each text."""
+        """Position of the likeliest label of each text; of bounds, the largest lower one."""
         best: Int64[np.ndarray, " texts"] = self.probabilities.argmax(axis=1)
         return best
 
@@ -87,6 +89,7 @@ class PromptedPredictor:
             np.array([len(prompt.tokens) for prompt in prompts], dtype=np.int64),
             scores.usage,
             time.perf_counter() - started,
+            None if scores.upper is None else np.minimum(np.exp(scores.upper), 1.0),
         )
 
 

@@ -50,7 +50,26 @@ def test_a_floor_that_starts_at_zero_is_drawn():
     assert [(shape["x0"], shape["x1"]) for shape in shapes] == [(0.0, 0.02)]
 
 
-@pytest.mark.parametrize("rows", [[row(), row(VOTE)], sweep(budgets=(512, 1024), seeds=(0, 1))])
+NOISES = [row("scoring noise", 0.01, 0.01, noise_against=kind) for kind in ("other batches", "float32")]
+
+
+@pytest.mark.parametrize("rows", [[row(), *NOISES], [*sweep(), *NOISES], [*sweep(budgets=(512, 1024)), *NOISES]])
+def test_the_kinds_of_scoring_noise_have_a_line_each(rows):
+    for title, figure in figures(rows).items():
+        names = {trace["name"].removesuffix(" 0.01") for trace in figure["data"] if "noise" in trace.get("name", "")}
+        wanted = (
+            set()
+            if title.startswith("Accuracy")
+            else {f"scoring noise, {kind}" for kind in ("other batches", "float32")}
+        )
+        assert names == wanted
+        hovers = {text.partition("<br>")[0] for trace in figure["data"] for text in trace.get("hovertext", [])}
+        assert wanted <= hovers
+
+
+@pytest.mark.parametrize(
+    "rows", [[row(), row(VOTE)], [*sweep(budgets=(512, 1024)), *NOISES], sweep(budgets=(512, 1024), seeds=(0, 1))]
+)
 def test_figures_are_valid_for_plotly(rows):
     graph = pytest.importorskip("plotly.graph_objects")
     for figure in figures(rows).values():

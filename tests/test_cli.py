@@ -291,7 +291,7 @@ def test_evaluate_writes_rows_and_a_report(program: Path, reference: Path, here:
         (
             "text,label\na,track\nb,card\nc,refund\n",
             "unknown.csv",
-            "1 labels that the program does not know ('banana')",
+            "1 label that the program does not know ('banana')",
         ),
         ("text,label\na,track\nb,card\nc,refund\n", "long.csv", "the budget is 150; compile with a larger --budget"),
         (

@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 from measured_rows import PROGRAM
 
@@ -30,6 +33,18 @@ def test_numpy_numbers_are_numbers():
 def test_a_row_that_is_wrong_is_named(change, message):
     with pytest.raises(EvaluationError, match=message):
         measurements([PROGRAM, PROGRAM | change])
+
+
+def test_rows_of_older_versions_are_read_as_they_were():
+    file = Path(__file__).parents[1] / "benchmarks" / "rows" / "main_job.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    old = [row for row in rows if row["version"] == "0.1.0" and "noise_against" not in row]
+    assert (
+        {row.noise_against for row in measurements(old)} == {row.gap_truncation for row in measurements(old)} == {None}
+    )
+    assert "scoring noise" in {row.title for row in measurements(old)}
+    assert len(summary_lines(old)) == len(old) + 2
+    assert not any("noise" in sentence or "bounds" in sentence for sentence in verdict_sentence(old))
 
 
 @pytest.mark.parametrize("function", [measurements, render, summary_lines, verdict_sentence])

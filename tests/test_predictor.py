@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from toys import customers
+from toys import TopEcho, customers
 
 from icl_compiler.backends.backend import Usage
 from icl_compiler.backends.echo import EchoBackend
@@ -65,6 +65,18 @@ def test_best_and_other():
     assert said.best.tolist() == [1, 0]
     np.testing.assert_allclose(said.other, [0.3, 0], atol=1e-15)
     assert (said.other >= 0).all()
+
+
+def test_an_engine_that_gives_only_its_likeliest_tokens():
+    program = compile_program(customers(), model="echo", retriever="bm25", shots=2, budget=10_000)
+    exact = PromptedPredictor(program, EchoBackend()).predict(["where is the card", "the parcel is late"])
+    said = PromptedPredictor(program, TopEcho(1)).predict(["where is the card", "the parcel is late"])
+    assert exact.upper is None
+    assert ((said.probabilities <= exact.probabilities) & (exact.probabilities <= said.upper)).all()
+    assert (said.upper == said.probabilities).sum(axis=1).tolist() == [1, 1]
+    assert said.best.tolist() == exact.best.tolist()
+    np.testing.assert_allclose(said.other, 1 - exact.probabilities.max(axis=1))
+    assert (said.other > exact.other).all()
 
 
 def test_a_program_that_generates_has_no_labels():

@@ -117,6 +117,14 @@ def test_every_number_of_a_row_is_shown():
         assert PROGRAM[name] in cells
 
 
+def test_scoring_noise_and_bounds_are_told_in_the_table():
+    noises = [row("scoring noise", 0.01, noise_against=kind) for kind in ("other batches", "float32")]
+    page = Page(render([row(gap_truncation=0.037), *noises]))
+    assert {"scoring noise, other batchesdense", "scoring noise, float32dense"} <= set(page.cells)
+    assert [cell for cell in page.cells if "midpoint of bounds 0.037 apart" in cell]
+    assert "midpoint of bounds" not in Page(render([row(), *noises])).text
+
+
 def test_rows_stand_in_the_page_in_full_precision():
     page = Page(render([PROGRAM, row(gap=1 / 3)]))
     lines = [json.loads(line) for line in "".join(page.seen).splitlines() if line.startswith('{"series"')]

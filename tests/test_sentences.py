@@ -153,8 +153,36 @@ def test_label_mass_is_told_when_low():
 
 
 def test_scoring_noise_is_told_when_it_matters():
-    assert "not clearly below the gap" in says(row(), row("scoring noise", 0.2))
-    assert "noise" not in says(row(), row("scoring noise", 0.01, 0.005))
+    assert (
+        "The scoring noise is not clearly below the gap: the same prompts, scored in other batches, differ by "
+        "0.200 [0.170, 0.230], on 32 queries."
+    ) in says(row(), row("scoring noise", 0.2, n_queries=32))
+    assert (
+        "Differences between gaps that are below the scoring noise mean nothing: the same prompts, scored in float32, "
+        "differ by 0.012 [0.007, 0.017], on 1 query."
+    ) in says(row(), row("scoring noise", 0.012, 0.005, noise_against="float32", n_queries=1))
+    assert "noise" not in says(row(), row("scoring noise", 0.004, 0.003, noise_against="float32"))
+
+
+def test_the_larger_scoring_noise_is_told():
+    batches = row("scoring noise", 0.0001, 0.0001, noise_against="other batches")
+    rounding = row("scoring noise", 0.03, 0.01, noise_against="float32")
+    for noises in ([batches, rounding], [rounding, batches]):
+        assert "scored in float32, differ by 0.030 [0.020, 0.040]" in says(row(), *noises)
+        assert "batches" not in says(row(), *noises)
+
+
+def test_a_gap_known_within_bounds_says_so():
+    assert "the gap is known within bounds on these queries: they are 0.04 apart" in says(row(gap_truncation=0.04))
+    assert "bounds" not in says(row(), row("zero shots", gap_truncation=0.04))
+
+
+def test_one_of_a_kind_is_no_plural():
+    sentences = says(row(n_examples=1, n_queries=1), row("floor", 0.2, n_queries=1), row(VOTE, 0.22, n_examples=1))
+    assert sentences.startswith("With 1 example the prompted")
+    assert "on 1 query;" in sentences
+    assert "as far as 1 query can tell" in sentences
+    assert "with 1 example to 0.21" in says(row(), row(gap=0.5, n_examples=1))
 
 
 def test_no_program_no_verdict():

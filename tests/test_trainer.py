@@ -89,7 +89,7 @@ def test_evaluation_rows_of_a_whole_run(tiny: str, references: list[Path]) -> No
     assert rows["scoring noise"]["gap"] < 0.02
     assert rows["program"]["n_examples"] == 80
     assert rows["program"]["shots_per_query"] == 3
-    assert "1 rows of the pool stand in the test data too" in result.warnings[0]
+    assert "1 row of the pool stands in the test data too" in result.warnings[0]
     assert json.loads(json.dumps(result.rows)) == result.rows
     assert result.worst[0]["tv"] == max(query["tv"] for query in result.worst)
     assert test.texts[0] in {query["text"] for query in result.worst} or len(result.worst) == 10

@@ -139,6 +139,104 @@ def test_other_takes_what_is_left(rows, kept):
     np.testing.assert_allclose(complete[:, -1], 1 - kept, atol=1e-12)
 
 
+def boxes(rng, outcomes, known):
+    """One row: a law, and a box around it; the law alone if it is known."""
+    law = rng.dirichlet(np.full(outcomes, 0.5))
+    if known:
+        return law, tv.Box(law[None], law[None])
+    widths = rng.random((2, outcomes)) * (rng.random((2, outcomes)) < 0.7)
+    return law, tv.Box((law * (1 - widths[0]))[None], np.minimum(law + widths[1] * 0.5, 1)[None])
+
+
+def least_tv_in_boxes(p, q):
+    """A linear programme over p, q and t >= |p - q|."""
+    k = p.lower.shape[1]
+    one = np.eye(k)
+    found = linprog(
+        np.concatenate([np.zeros(2 * k), np.full(k, 0.5)]),
+        A_ub=np.block([[one, -one, -one], [-one, one, -one]]),
+        b_ub=np.zeros(2 * k),
+        A_eq=np.array([[1] * k + [0] * 2 * k, [0] * k + [1] * k + [0] * k]),
+        b_eq=[1, 1],
+        bounds=[*np.stack([p.lower[0], p.upper[0]], 1), *np.stack([q.lower[0], q.upper[0]], 1), *[(0, 1)] * k],
+    )
+    return found.fun
+
+
+def largest_tv_in_boxes(p, q):
+    """The largest difference of any event, by a linear programme for each law and event."""
+    k = p.lower.shape[1]
+
+    def most(box, direction):
+        limits = np.stack([box.lower[0], box.upper[0]], 1)
+        return -linprog(-np.array(direction), A_eq=np.ones((1, k)), b_eq=[1], bounds=limits).fun
+
+    return max(most(p, event) + most(q, -np.array(event)) for event in itertools.product((0, 1), repeat=k))
+
+
+@pytest.mark.parametrize("known", [(False, True), (True, False), (False, False)])
+def test_bounds_of_boxes_are_those_of_linear_programmes(known):
+    rng = np.random.default_rng(7)
+    slack = []
+    for _ in range(25):
+        (_, p), (_, q) = (boxes(rng, 4, each) for each in known)
+        [low], [high] = tv.boxed_tv(p, q)
+        assert low == pytest.approx(least_tv_in_boxes(p, q), abs=1e-8)
+        slack.append(high - largest_tv_in_boxes(p, q))
+        if any(known):
+            assert slack[-1] < max((box.upper - box.lower).max() for box in (p, q)) / 4 + 1e-8
+    assert min(slack) > -1e-8
+    assert np.median(slack) < 0.01 if any(known) else 0.3
+
+
+@given(laws(st.integers(2, 6), count=4), st.floats(0, 1), st.floats(0, 1))
+def test_every_law_in_the_box_is_within_the_bounds(rows, least, more):
+    p, q, below, above = rows
+    lower = (p * np.maximum(below, least))[:, :-1]
+    upper = np.minimum(p + more * above, 1)[:, :-1]
+    [low], [high] = tv.boxed_tv(tv.box_with_other(lower, upper), tv.Box(q, q))
+    assert 0 <= low <= high <= 1
+    assert low - 1e-12 <= tv.tv_distance(p, q)[0] <= high + 1e-12
+
+
+@given(laws(st.integers(2, 6)), st.floats(0, 1.0005))
+def test_bounds_that_are_equal_give_the_distance_itself(rows, kept):
+    p, q = rows[0] * kept, rows[1]
+    box = tv.box_with_other(p, p)
+    known = np.append(q, [[0.0]], axis=1)
+    np.testing.assert_allclose(box.lower, tv.with_other(p))
+    for bound in tv.boxed_tv(box, tv.Box(known, known)):
+        assert bound == pytest.approx(tv.tv_distance(tv.with_other(p), known), abs=1e-12)
+
+
+def test_bounds_widen_to_everything_when_nothing_is_given():
+    nothing = tv.box_with_other(np.zeros((1, 2)), np.ones((1, 2)))
+    known = np.array([[0.5, 0.3, 0.2]])
+    assert tv.boxed_tv(nothing, tv.Box(known, known)) == (pytest.approx([0.0]), pytest.approx([0.8]))
+    assert tv.boxed_tv(nothing, nothing) == ([0.0], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "message"),
+    [
+        ([0.5, 0.2], [0.5, 0.1], r"upper\[0, 1\] is 0.1, expected at least the lower bound 0.2"),
+        ([0.5, 0.2], [0.5, math.nan], r"upper\[0, 1\] is nan"),
+        ([0.9, 0.2], [0.9, 0.2], "row 0 of label_probs sums to 1.1"),
+        ([-0.1, 0.2], [0.9, 0.2], "not negative"),
+    ],
+)
+def test_bounds_that_hold_no_law(lower, upper, message):
+    with pytest.raises(NotADistributionError, match=message):
+        tv.box_with_other(np.array([lower]), np.array([upper]))
+
+
+def test_a_box_without_a_law_is_refused():
+    known = np.array([[0.5, 0.5]])
+    for box in (tv.Box(known, known / 2), tv.Box(known / 4, known / 2), tv.Box(known * 1.5, known * 2)):
+        with pytest.raises(NotADistributionError, match=r"row 0 of q\.lower sums to .*, expected a law between"):
+            tv.boxed_tv(tv.Box(known, known), box)
+
+
 def test_rounding_of_bfloat16_is_tolerated_and_more_is_not():
     complete = tv.with_other(np.array([[0.8, 0.2008], [0.25, 0.25]]))
     np.testing.assert_allclose(complete, [[0.8 / 1.0008, 0.2008 / 1.0008, 0], [0.25, 0.25, 0.5]])

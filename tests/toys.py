@@ -4,14 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from icl_compiler.backends.backend import LabelScores, Progress, Usage
+from icl_compiler.backends.echo import EchoBackend
 from icl_compiler.data import Dataset
 from icl_compiler.models import locate
 from icl_compiler.templates import Template
-from icl_compiler.tokenizer import HFTokenizer
+from icl_compiler.tokenizer import HFTokenizer, TokenIds
 
 TESTS = Path(__file__).parent
 NASTY = (
@@ -57,6 +62,38 @@ def plain_template(
         f"{{% macro query(text) %}}{query}{{% endmacro %}}"
         f"{{% macro answer(label) %}}{answer}{{% endmacro %}}",
     )
+
+
+class TopEcho(EchoBackend):
+    """The echo backend as an engine that gives the probabilities of the `top` likeliest label words only."""
+
+    def __init__(self, top: int) -> None:
+        self.top = top
+
+    def label_logprobs(
+        self, prompts: Sequence[TokenIds], label_words: Sequence[TokenIds], *, progress: Progress | None = None
+    ) -> LabelScores:
+        """Exact for the likeliest words, of which there are `top`; bounds for the others."""
+        exact = super().label_logprobs(prompts, label_words, progress=progress)
+        rank = np.argsort(np.argsort(-exact.logprobs, axis=1, kind="stable"), axis=1)
+        given = np.where(rank < self.top, exact.logprobs, -np.inf)
+        left = np.log(1 - np.exp(given).sum(axis=1, keepdims=True))
+        least = np.where(rank < self.top, exact.logprobs, np.inf).min(axis=1, keepdims=True)
+        return exact._replace(logprobs=given, upper=np.where(rank < self.top, exact.logprobs, np.minimum(least, left)))
+
+
+class RoundedEcho(EchoBackend):
+    """The echo backend with half of the first label's probability moved to "other", as if by rounding."""
+
+    device = "cpu, bfloat16"
+
+    def label_logprobs(
+        self, prompts: Sequence[TokenIds], label_words: Sequence[TokenIds], *, progress: Progress | None = None
+    ) -> LabelScores:
+        """The log-probabilities of `EchoBackend`, the first label's less log 2."""
+        exact = super().label_logprobs(prompts, label_words, progress=progress)
+        moved = exact.logprobs - np.log(2) * (np.arange(len(label_words)) == 0)
+        return LabelScores(moved, Usage(*exact.usage))
 
 
 @cache

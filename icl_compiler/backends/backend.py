@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
+from icl_compiler.errors import BackendError, ContextLengthError
 from icl_compiler.tokenizer import TokenIds
 
 Progress = Callable[[int], object]
@@ -131,3 +132,22 @@ class Backend(Protocol):
         progress: Progress | None = None,
     ) -> SequenceScores:
         """Log-probability of each token of `continuations[i]` after `prompts[i]`; no continuation is empty."""
+
+
+def require_fit(prompts: Sequence[TokenIds], more: int, *, model: str, max_prompt_tokens: int) -> None:
+    """Nothing, if every prompt holds something and fits the model's context with `more` tokens of an answer.
+
+    Raises:
+        ContextLengthError: if a prompt is too long.
+        BackendError: if a prompt is empty.
+
+    >>> require_fit([[5, 6]], 1, model="tiny", max_prompt_tokens=3)
+    """
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    if longest + more > max_prompt_tokens:
+        raise ContextLengthError(
+            f"a prompt of {longest} tokens and an answer of {more} exceed the context of {model!r}, "
+            f"{max_prompt_tokens} tokens; compile with a smaller --budget"
+        )
+    if any(not len(prompt) for prompt in prompts):
+        raise BackendError("a prompt is empty; a template must write something before the answer")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from icl_compiler.backends.backend import Generation, Generations, LabelScores, Progress, Usage
+from icl_compiler.backends.backend import Generation, Generations, LabelScores, Progress, SequenceScores, Usage
 from icl_compiler.tokenizer import TokenIds
 
 
@@ -53,6 +53,7 @@ class EchoBackend:
         terminator: TokenIds,
         *,
         max_new_tokens: int,
+        samples: int = 1,
         temperature: float = 1.0,
         seed: int = 0,
         progress: Progress | None = None,
@@ -61,9 +62,35 @@ class EchoBackend:
         items = [
             Generation(list(prompt[-max_new_tokens:]), [0.0] * min(max_new_tokens, len(prompt)), False)
             for prompt in prompts
+            for _ in range(samples)
         ]
         tokens = sum(len(prompt) for prompt in prompts)
         return Generations(items, Usage(tokens, tokens, len(prompts)))
+
+    def sequence_logprobs(
+        self,
+        prompts: Sequence[TokenIds],
+        continuations: Sequence[TokenIds],
+        *,
+        progress: Progress | None = None,
+    ) -> SequenceScores:
+        """A token is as probable as it was frequent before: (count + 1 / 65,536) / (tokens before + 1).
+
+        >>> scores = EchoBackend().sequence_logprobs([[7, 7, 8]], [[7, 8]])
+        >>> np.exp(scores.logprobs[0]).round(3)
+        array([0.5, 0.2])
+        """
+        scores = []
+        for prompt, continuation in zip(prompts, continuations, strict=True):
+            before, law = list(prompt), []
+            for token in continuation:
+                law.append((before.count(token) + 2**-16) / (len(before) + 1))
+                before.append(token)
+            scores.append(np.log(law))
+            if progress is not None:
+                progress(1)
+        tokens = sum(len(prompt) for prompt in prompts)
+        return SequenceScores(scores, Usage(tokens, tokens, len(prompts)))
 
 
 def _count(prompt: TokenIds, word: TokenIds) -> int:
