@@ -39,7 +39,9 @@ def test_equals_one_forward_per_label(tiny: Path, tree_tokens: int, causal_from:
     for seed in range(3):
         prompts = related_prompts(seed)
         scores = backend.label_logprobs(prompts, WORDS)
-        np.testing.assert_allclose(scores.logprobs, brute_force_table(backend._lm, prompts, WORDS), atol=1e-5)
+        np.testing.assert_allclose(
+            scores.logprobs, brute_force_table(backend._model.network, prompts, WORDS), atol=1e-5
+        )
         assert scores.usage.prompt_tokens == sum(map(len, prompts))
 
 
@@ -47,7 +49,9 @@ def test_one_word_of_one_token(tiny: Path) -> None:
     backend = TransformersBackend(str(tiny), "float32")
     prompts = related_prompts(5)
     scores = backend.label_logprobs(prompts, [[7], [8]])
-    np.testing.assert_allclose(scores.logprobs, brute_force_table(backend._lm, prompts, [[7], [8]]), atol=1e-5)
+    np.testing.assert_allclose(
+        scores.logprobs, brute_force_table(backend._model.network, prompts, [[7], [8]]), atol=1e-5
+    )
 
 
 def test_probabilities_of_a_whole_vocabulary_sum_to_one(tiny: Path) -> None:
@@ -74,7 +78,9 @@ def test_next_call_goes_on_from_the_last(tiny: Path) -> None:
     second = backend.label_logprobs([[*shots, 4, 5]], [[7], [8]])
     assert first.usage.computed_tokens == len(shots) + 1
     assert second.usage.computed_tokens == 2
-    np.testing.assert_allclose(second.logprobs, brute_force_table(backend._lm, [[*shots, 4, 5]], [[7], [8]]), atol=1e-5)
+    np.testing.assert_allclose(
+        second.logprobs, brute_force_table(backend._model.network, [[*shots, 4, 5]], [[7], [8]]), atol=1e-5
+    )
 
 
 def test_progress_counts_every_prompt(tiny: Path) -> None:
@@ -92,8 +98,42 @@ def test_sequence_logprobs_token_by_token(tiny: Path) -> None:
     scores, usage = backend.sequence_logprobs(prompts, continuations)
     for prompt, continuation, found in zip(prompts, continuations, scores, strict=True):
         assert found.shape == (len(continuation),)
-        assert found.sum() == pytest.approx(brute_force(backend._lm, prompt, continuation), abs=1e-5)
-    assert usage.forwards == 4
+        assert found.sum() == pytest.approx(brute_force(backend._model.network, prompt, continuation), abs=1e-5)
+    assert usage.forwards == 1
+    assert usage.computed_tokens <= usage.prompt_tokens + sum(map(len, continuations)) - 4
+
+
+@pytest.mark.parametrize("tree_tokens", [1, 40, 512])
+def test_sequences_that_share_their_beginnings(tiny: Path, tree_tokens: int) -> None:
+    backend = TransformersBackend(str(tiny), "float32", tree_tokens=tree_tokens)
+    prompts = related_prompts(4)
+    continuations = [[5, 6, 7][: 1 + i % 3] for i in range(len(prompts))]
+    scores = backend.sequence_logprobs(prompts, continuations).logprobs
+    for prompt, continuation, found in zip(prompts, continuations, scores, strict=True):
+        assert found.sum() == pytest.approx(brute_force(backend._model.network, prompt, continuation), abs=1e-5)
+
+
+def test_sequence_scores_refuse_what_has_no_meaning(tiny: Path) -> None:
+    backend = TransformersBackend(str(tiny), "float32")
+    with pytest.raises(BackendError, match="2 prompts were given with 1 continuations"):
+        backend.sequence_logprobs([[3], [4]], [[5]])
+    with pytest.raises(BackendError, match="a continuation is empty"):
+        backend.sequence_logprobs([[3]], [[]])
+
+
+def test_an_interrupted_call_leaves_no_trace(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = TransformersBackend(str(tiny), "float32")
+    prompts = related_prompts(6)
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend._model, "logprobs_at", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            backend.label_logprobs(prompts, WORDS)
+    found = backend.label_logprobs(prompts, WORDS).logprobs
+    np.testing.assert_allclose(found, brute_force_table(backend._model.network, prompts, WORDS), atol=1e-5)
 
 
 def test_greedy_generation_equals_transformers(tiny: Path) -> None:
@@ -101,13 +141,13 @@ def test_greedy_generation_equals_transformers(tiny: Path) -> None:
     prompts = related_prompts(3, count=6)
     found = backend.generate(prompts, [1000], max_new_tokens=9, temperature=0.0)
     for prompt, item in zip(prompts, found.items, strict=True):
-        expected = backend._lm.generate(
+        expected = backend._model.network.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=9, do_sample=False,
             eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
         assert item.tokens == expected[0, len(prompt) :].tolist()
         assert not item.finished
-        assert sum(item.logprobs) == pytest.approx(brute_force(backend._lm, prompt, item.tokens), abs=1e-4)
+        assert sum(item.logprobs) == pytest.approx(brute_force(backend._model.network, prompt, item.tokens), abs=1e-4)
 
 
 def test_generation_stops_at_the_terminator(tiny: Path) -> None:
@@ -130,6 +170,18 @@ def test_samples_follow_the_law_and_their_seed_not_their_neighbours(tiny: Path) 
     assert (np.abs(counts - 2000 * law) <= 5 * np.sqrt(2000 * law * (1 - law)) + 1).all()
 
 
+def test_samples_of_one_prompt_share_its_computation(tiny: Path) -> None:
+    backend = TransformersBackend(str(tiny), "float32")
+    prompts = related_prompts(7, count=4)
+    found = backend.generate(prompts, [7], max_new_tokens=4, samples=5, seed=1)
+    assert len(found.items) == 5 * len(prompts)
+    assert found.usage.computed_tokens <= sum(map(len, prompts)) + 3 * len(found.items)
+    for i, item in enumerate(found.items):
+        expected = brute_force(backend._model.network, prompts[i // 5], item.tokens)
+        assert sum(item.logprobs) == pytest.approx(expected, abs=1e-4)
+    assert len({tuple(item.tokens) for item in found.items[:5]}) > 1
+
+
 def test_too_long_a_prompt_is_refused_with_the_numbers(tiny: Path) -> None:
     backend = TransformersBackend(str(tiny), "float32")
     with pytest.raises(ContextLengthError, match=r"300 tokens and an answer of 4 exceed the context .* 256 tokens"):
@@ -139,7 +191,7 @@ def test_too_long_a_prompt_is_refused_with_the_numbers(tiny: Path) -> None:
 def test_weights_that_are_not_numbers_are_an_error(tiny: Path) -> None:
     backend = TransformersBackend(str(tiny), "float32")
     with torch.no_grad():
-        backend._lm.get_input_embeddings().weight[7] = float("nan")
+        backend._model.network.get_input_embeddings().weight[7] = float("nan")
     with pytest.raises(BackendError, match="not finite"):
         backend.label_logprobs([[7]], WORDS)
 
@@ -161,7 +213,7 @@ def test_real_model_real_labels_against_brute_force(shared_data: Path, name: str
     prompts = [prompt.tokens for prompt in program.prompts(test.texts[:queries])]
     backend = TransformersBackend("smollm2-135m", "float32")
     found = backend.label_logprobs(prompts, program.label_words).logprobs
-    expected = brute_force_table(backend._lm, prompts, program.label_words)
+    expected = brute_force_table(backend._model.network, prompts, program.label_words)
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
@@ -175,4 +227,11 @@ def test_bfloat16_is_close_to_float32() -> None:
         np.exp(TransformersBackend("smollm2-135m", dtype).label_logprobs(prompts, program.label_words).logprobs)
         for dtype in ("float32", "bfloat16")
     ]
-    assert 0.5 * np.abs(laws[0] - laws[1]).sum(axis=1).mean() < 0.02
+    assert 0.5 * np.abs(laws[0] - laws[1]).sum(axis=1).mean() < 0.01
+
+
+def test_the_residual_stream_stays_in_float32_where_that_is_possible(tiny: Path) -> None:
+    backend = TransformersBackend(str(tiny), "bfloat16")
+    assert backend.device == "cpu, bfloat16 (residual float32)"
+    assert backend._model.run(np.arange(5), np.arange(5), None, None).dtype == torch.float32
+    assert TransformersBackend(str(tiny), "float32").device == "cpu, float32"

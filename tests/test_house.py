@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 ABOVE = {"retrievers": {"icl_compiler", "evaluation"}, "icl_compiler": {"evaluation"}, "evaluation": set()}
 HEAVY = {"torch", "transformers", "faiss", "vllm", "datasets", "sentence_transformers", "pandas", "plotly"}
 # Files that are nothing without torch, and are imported only where they are used.
-TORCH_AT_TOP = ("icl_compiler/backends/hf_transformers.py", "evaluation/reference/")
+TORCH_AT_TOP = ("icl_compiler/backends/hf_", "evaluation/reference/")
 MACHINE = {
     "a path of one machine": r"[/](?:work|root|farm|tmp|home)[/]\w",
     "a folder of wheels": r"[/]opt[/](?:wheels|pypi)",
