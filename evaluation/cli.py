@@ -180,7 +180,9 @@ def evaluate(
     examples: tuple[int, ...],
     level: float,
     baselines: bool,
-    backend: str,
+    backend: str | None,
+    server: str | None,
+    in_flight: int | None,
     dtype: str,
     text_column: str | None,
     label_column: str | None,
@@ -217,7 +219,7 @@ def evaluate(
     require_comparable(loaded, described, dataset)
     with _bars() as progress:
         answers = ask_references(described, dataset, dtype=dtype, progress=progress)
-        engine = open_backend(backend, loaded.settings.model, dtype=dtype)
+        engine = open_backend(backend, loaded.settings.model, dtype=dtype, server=server, in_flight=in_flight)
         results = measure_sizes(
             loaded,
             engine,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from icl_compiler.data import Dataset
     from icl_compiler.program import Program
 
-_CHUNK = 256
+_CHUNK = 128
 
 
 @click.group(
@@ -251,7 +251,9 @@ def predict(
     text_column: str | None,
     output: Path | None,
     max_new_tokens: int,
-    backend: str,
+    backend: str | None,
+    server: str | None,
+    in_flight: int | None,
     dtype: str,
 ) -> None:
     """Label texts with a program and its language model.
@@ -285,7 +287,7 @@ def predict(
     asked = texts or (load_texts(source, text_column=text_column) if source else tuple(_standard_input()))
     if not asked:
         raise DataError("there are no texts to predict; expected one a line on standard input")
-    engine = open_backend(backend, loaded.settings.model, dtype=dtype)
+    engine = open_backend(backend, loaded.settings.model, dtype=dtype, server=server, in_flight=in_flight)
     with _writing(output) as out, progress_bar("predicting", len(asked), "text") as advance:
         for first in range(0, len(asked), _CHUNK):
             part = asked[first : first + _CHUNK]
@@ -360,7 +362,10 @@ def _standard_input() -> Iterator[str]:
 
 
 class _writing:
-    """Context: standard output, a device, or a file that takes its place when all is written."""
+    """Context: standard output, a device, or a file that takes its place when all is written.
+
+    What an error or Ctrl-C leaves unfinished is kept beside it, under its name and `.part`.
+    """
 
     def __init__(self, target: Path | None) -> None:
         self._target = target
@@ -381,8 +386,14 @@ class _writing:
             return
         try:
             self._file.close()
-            if kind is None and self._draft is not None:
+            if self._draft is None:
+                return
+            if kind is None:
                 self._draft.replace(self._target)
+            elif lines := self._draft.read_bytes().count(b"\n"):
+                kept = self._target.with_name(f"{self._target.name}.part")
+                self._draft.replace(kept)
+                say(f"the first {lines} lines are done and kept in {kept}")
         finally:
             if self._draft is not None:
                 self._draft.unlink(missing_ok=True)

@@ -75,7 +75,7 @@ class LazyGroup(click.Group):
         except ICLError as error:
             fail(str(error))
         except KeyboardInterrupt:
-            fail("interrupted; no file was left half-written")
+            fail("interrupted; every file that was there before is as it was")
         except BrokenPipeError:
             # Whoever read our output has had enough of it, as `head` does.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -208,9 +208,16 @@ template_option = click.option(
 engine_options = options(
     click.option(
         "--backend",
-        default="transformers",
         type=TableName("backend", BACKENDS, paths=True),
+        show_default="vllm_server with --server, else transformers",
         help=f"What runs the model: {', '.join(BACKENDS)}, or package.module:Class.",
+    ),
+    click.option("--server", metavar="URL", help="Where a vLLM server runs; `icl vllm MODEL` starts one."),
+    click.option(
+        "--in-flight",
+        type=WholeNumber(min=1),
+        show_default="16",
+        help="Most requests to the server that are under way at once.",
     ),
     click.option(
         "--dtype",

@@ -93,11 +93,32 @@ class PromptedPredictor:
         )
 
 
-def open_backend(name: str, model: str, *, dtype: str = "auto") -> Backend:
-    """The backend `name` with `model` loaded; the model `echo` brings its own backend."""
-    found = resolve("backend", BACKENDS, "echo" if model == "echo" else name)
-    lacking = [part for part in ("label_logprobs", "generate") if not hasattr(found, part)]
+def open_backend(
+    name: str | None, model: str, *, dtype: str = "auto", server: str | None = None, in_flight: int | None = None
+) -> Backend:
+    """The backend `name` with `model` loaded; the model `echo` brings its own backend.
+
+    Args:
+        name: a name of the table, or `package.module:Class`; `None` is `vllm_server` where a `server` is given, else
+            `transformers`.
+        server: URL of a vLLM server, for the backend `vllm_server`.
+        in_flight: most requests to the server at once.
+
+    Raises:
+        RegistryError: if there is no such backend, or it takes no server.
+    """
+    settings = {key: value for key, value in (("server", server), ("in_flight", in_flight)) if value is not None}
+    chosen = name or ("vllm_server" if server is not None else "transformers")
+    if settings and chosen != "vllm_server" and ":" not in chosen:
+        raise RegistryError(
+            f"--{next(iter(settings)).replace('_', '-')} is about a vLLM server, and the backend is {chosen!r}; "
+            "leave it out, or take --backend vllm_server"
+        )
+    if model == "echo":
+        chosen, settings = "echo", {}
+    found = resolve("backend", BACKENDS, chosen)
+    lacking = [part for part in ("label_logprobs", "generate", "sequence_logprobs") if not hasattr(found, part)]
     if lacking:
-        raise RegistryError(f"{name!r} is no backend, it has no {', '.join(lacking)}; see backends/backend.py")
-    backend: Backend = found(model, dtype)
+        raise RegistryError(f"{chosen!r} is no backend, it has no {', '.join(lacking)}; see backends/backend.py")
+    backend: Backend = found(model, dtype, **settings)
     return backend

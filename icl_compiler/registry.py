@@ -19,6 +19,8 @@ RETRIEVERS: Mapping[str, str] = {
 }
 BACKENDS: Mapping[str, str] = {
     "transformers": "icl_compiler.backends.hf_transformers:TransformersBackend",
+    "vllm_offline": "icl_compiler.backends.vllm_offline:VLLMOfflineBackend",
+    "vllm_server": "icl_compiler.backends.vllm_server:VLLMServerBackend",
     "echo": "icl_compiler.backends.echo:EchoBackend",
 }
 COMMANDS: Mapping[str, str] = {
@@ -30,6 +32,7 @@ COMMANDS: Mapping[str, str] = {
     "evaluate": "evaluation.cli:evaluate",
     "messages": "icl_compiler.cli:messages",
     "models": "icl_compiler.cli:models",
+    "vllm": "icl_compiler.vllm_cli:vllm",
     "doctor": "icl_compiler.cli:doctor",
 }
 

@@ -443,7 +443,10 @@ def test_bad_input(bad: Bad, built: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(
     ("backend", "said"),
-    [("os:system", "is no backend, it has no label_logprobs, generate"), ("no.x:Y", "there is no module 'no'")],
+    [
+        ("os:system", "is no backend, it has no label_logprobs, generate, sequence_logprobs"),
+        ("no.x:Y", "there is no module 'no'"),
+    ],
 )
 def test_code_as_backend(backend: str, said: str, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(built)
@@ -501,7 +504,7 @@ def test_a_folder_that_cannot_be_written(built: Path, monkeypatch: pytest.Monkey
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "new could not be written: No space left on device"),
         (MemoryError(), "out of memory; use a smaller --budget or --batch-size, or a smaller model"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory; use a smaller"),
-        (KeyboardInterrupt(), "interrupted; no file was left half-written"),
+        (KeyboardInterrupt(), "interrupted; every file that was there before is as it was"),
     ],
     ids=["full disk", "memory", "memory of torch", "interrupt"],
 )

@@ -21,6 +21,7 @@ from icl_compiler.backends.echo import EchoBackend
 from icl_compiler.cli import main
 from icl_compiler.command_line import new_bar
 from icl_compiler.data import load_dataset
+from icl_compiler.errors import BackendError
 
 ROWS = [
     (f"{text} {i}", label)
@@ -433,7 +434,10 @@ def test_an_interrupt_leaves_the_old_file(program: Path, here: Path, monkeypatch
     monkeypatch.setattr(EchoBackend, "label_logprobs", interrupt)
     before = {path.name for path in here.iterdir()}
     result = icl("predict", program, "hi", "-o", "out.jsonl")
-    assert (result.exit_code, result.stderr) == (1, "Error: interrupted; no file was left half-written\n")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "Error: interrupted; every file that was there before is as it was\n",
+    )
     assert (here / "out.jsonl").read_text() == "old"
     assert {path.name for path in here.iterdir()} == before
 
@@ -448,9 +452,34 @@ def test_ctrl_c_in_the_middle(program: Path, here: Path) -> None:
         time.sleep(0.05)
     running.send_signal(signal.SIGINT)
     out, error = running.communicate(timeout=30)
-    assert (running.returncode, out, error) == (1, "", "Error: interrupted; no file was left half-written\n")
+    assert (running.returncode, out) == (1, "")
+    said = error.splitlines()
+    assert said[-1] == "Error: interrupted; every file that was there before is as it was"
     assert (here / "out.jsonl").read_text() == "old"
     assert not list(here.glob(".*"))
+    kept = here / "out.jsonl.part"
+    assert said[:-1] == (
+        [f"the first {len(kept.read_text().splitlines())} lines are done and kept in {kept}"] if kept.exists() else []
+    )
+
+
+def test_what_is_done_when_an_engine_fails_is_kept(program: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "many.txt").write_text("".join(f"text {i}\n" for i in range(300)))
+    score = EchoBackend.label_logprobs
+    calls = iter(range(10))
+
+    def fail_at_last(*arguments: object, **settings: object) -> object:
+        if next(calls) == 2:
+            raise BackendError("the server is gone")
+        return score(*arguments, **settings)
+
+    monkeypatch.setattr(EchoBackend, "label_logprobs", fail_at_last)
+    result = icl("predict", program, "--file", "many.txt", "-o", "out.jsonl")
+    kept = here / "out.jsonl.part"
+    assert result.exit_code == 1
+    assert result.stderr == f"the first 256 lines are done and kept in {kept}\nError: the server is gone\n"
+    assert [json.loads(line)["text"] for line in kept.read_text().splitlines()] == [f"text {i}" for i in range(256)]
+    assert not (here / "out.jsonl").exists()
 
 
 def test_runs_at_once_into_one_folder(here: Path) -> None:

