@@ -39,9 +39,7 @@ def test_equals_one_forward_per_label(tiny: Path, tree_tokens: int, causal_from:
     for seed in range(3):
         prompts = related_prompts(seed)
         scores = backend.label_logprobs(prompts, WORDS)
-        np.testing.assert_allclose(
-            scores.logprobs, brute_force_table(backend._model.network, prompts, WORDS), atol=1e-5
-        )
+        np.testing.assert_allclose(scores.logprobs, brute_force_table(backend.network, prompts, WORDS), atol=1e-5)
         assert scores.usage.prompt_tokens == sum(map(len, prompts))
 
 
@@ -49,9 +47,7 @@ def test_one_word_of_one_token(tiny: Path) -> None:
     backend = TransformersBackend(str(tiny), "float32")
     prompts = related_prompts(5)
     scores = backend.label_logprobs(prompts, [[7], [8]])
-    np.testing.assert_allclose(
-        scores.logprobs, brute_force_table(backend._model.network, prompts, [[7], [8]]), atol=1e-5
-    )
+    np.testing.assert_allclose(scores.logprobs, brute_force_table(backend.network, prompts, [[7], [8]]), atol=1e-5)
 
 
 def test_probabilities_of_a_whole_vocabulary_sum_to_one(tiny: Path) -> None:
@@ -79,7 +75,7 @@ def test_next_call_goes_on_from_the_last(tiny: Path) -> None:
     assert first.usage.computed_tokens == len(shots) + 1
     assert second.usage.computed_tokens == 2
     np.testing.assert_allclose(
-        second.logprobs, brute_force_table(backend._model.network, [[*shots, 4, 5]], [[7], [8]]), atol=1e-5
+        second.logprobs, brute_force_table(backend.network, [[*shots, 4, 5]], [[7], [8]]), atol=1e-5
     )
 
 
@@ -98,7 +94,7 @@ def test_sequence_logprobs_token_by_token(tiny: Path) -> None:
     scores, usage = backend.sequence_logprobs(prompts, continuations)
     for prompt, continuation, found in zip(prompts, continuations, scores, strict=True):
         assert found.shape == (len(continuation),)
-        assert found.sum() == pytest.approx(brute_force(backend._model.network, prompt, continuation), abs=1e-5)
+        assert found.sum() == pytest.approx(brute_force(backend.network, prompt, continuation), abs=1e-5)
     assert usage.forwards == 1
     assert usage.computed_tokens <= usage.prompt_tokens + sum(map(len, continuations)) - 4
 
@@ -110,7 +106,7 @@ def test_sequences_that_share_their_beginnings(tiny: Path, tree_tokens: int) -> 
     continuations = [[5, 6, 7][: 1 + i % 3] for i in range(len(prompts))]
     scores = backend.sequence_logprobs(prompts, continuations).logprobs
     for prompt, continuation, found in zip(prompts, continuations, scores, strict=True):
-        assert found.sum() == pytest.approx(brute_force(backend._model.network, prompt, continuation), abs=1e-5)
+        assert found.sum() == pytest.approx(brute_force(backend.network, prompt, continuation), abs=1e-5)
 
 
 def test_sequence_scores_refuse_what_has_no_meaning(tiny: Path) -> None:
@@ -133,7 +129,7 @@ def test_an_interrupted_call_leaves_no_trace(tiny: Path, monkeypatch: pytest.Mon
         with pytest.raises(KeyboardInterrupt):
             backend.label_logprobs(prompts, WORDS)
     found = backend.label_logprobs(prompts, WORDS).logprobs
-    np.testing.assert_allclose(found, brute_force_table(backend._model.network, prompts, WORDS), atol=1e-5)
+    np.testing.assert_allclose(found, brute_force_table(backend.network, prompts, WORDS), atol=1e-5)
 
 
 def test_greedy_generation_equals_transformers(tiny: Path) -> None:
@@ -141,13 +137,13 @@ def test_greedy_generation_equals_transformers(tiny: Path) -> None:
     prompts = related_prompts(3, count=6)
     found = backend.generate(prompts, [1000], max_new_tokens=9, temperature=0.0)
     for prompt, item in zip(prompts, found.items, strict=True):
-        expected = backend._model.network.generate(
+        expected = backend.network.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=9, do_sample=False,
             eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
         assert item.tokens == expected[0, len(prompt) :].tolist()
         assert not item.finished
-        assert sum(item.logprobs) == pytest.approx(brute_force(backend._model.network, prompt, item.tokens), abs=1e-4)
+        assert sum(item.logprobs) == pytest.approx(brute_force(backend.network, prompt, item.tokens), abs=1e-4)
 
 
 def test_generation_stops_at_the_terminator(tiny: Path) -> None:
@@ -177,7 +173,7 @@ def test_samples_of_one_prompt_share_its_computation(tiny: Path) -> None:
     assert len(found.items) == 5 * len(prompts)
     assert found.usage.computed_tokens <= sum(map(len, prompts)) + 3 * len(found.items)
     for i, item in enumerate(found.items):
-        expected = brute_force(backend._model.network, prompts[i // 5], item.tokens)
+        expected = brute_force(backend.network, prompts[i // 5], item.tokens)
         assert sum(item.logprobs) == pytest.approx(expected, abs=1e-4)
     assert len({tuple(item.tokens) for item in found.items[:5]}) > 1
 
@@ -191,7 +187,7 @@ def test_too_long_a_prompt_is_refused_with_the_numbers(tiny: Path) -> None:
 def test_weights_that_are_not_numbers_are_an_error(tiny: Path) -> None:
     backend = TransformersBackend(str(tiny), "float32")
     with torch.no_grad():
-        backend._model.network.get_input_embeddings().weight[7] = float("nan")
+        backend.network.get_input_embeddings().weight[7] = float("nan")
     with pytest.raises(BackendError, match="not finite"):
         backend.label_logprobs([[7]], WORDS)
 
@@ -213,7 +209,7 @@ def test_real_model_real_labels_against_brute_force(shared_data: Path, name: str
     prompts = [prompt.tokens for prompt in program.prompts(test.texts[:queries])]
     backend = TransformersBackend("smollm2-135m", "float32")
     found = backend.label_logprobs(prompts, program.label_words).logprobs
-    expected = brute_force_table(backend._model.network, prompts, program.label_words)
+    expected = brute_force_table(backend.network, prompts, program.label_words)
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 

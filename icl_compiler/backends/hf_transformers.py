@@ -51,6 +51,11 @@ class TransformersBackend:
         self._causal_from = 2048 if self._model.on_gpu else 768
         self._cache = _Cache(self._model.network.config)
 
+    @property
+    def network(self) -> Any:
+        """The model itself, a `transformers.PreTrainedModel`."""
+        return self._model.network
+
     def label_logprobs(
         self,
         prompts: Sequence[TokenIds],

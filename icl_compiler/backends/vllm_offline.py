@@ -58,7 +58,7 @@ class VLLMOfflineBackend:
         require_vllm()
         self.model = model
         folder = locate(model, kind="language model")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", KVCACHE_GIB)
         arguments = (
             engine_arguments() | {"max_logprobs": _MOST_IDS} | ({} if dtype == "auto" else {"dtype": dtype}) | settings
