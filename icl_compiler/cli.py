@@ -263,10 +263,12 @@ def predict(
 
     Prints one JSON object a line: the label, its probability, the probabilities of all labels, "other" (the
     mass of all answers that are no label), and the tokens of the prompt. A program made from targets instead
-    of labels generates: the output, and whether it came to its end.
+    of labels generates: the output, and whether it came to its end. If the engine fails in the middle, what is
+    done is kept beside the --output, under its name and ".part".
 
     \b
       icl predict program "where is my parcel?" "i lost my card"
+      icl predict program "where is my parcel?" --server http://127.0.0.1:8000
       icl predict program --file test.csv -o predictions.jsonl
       cat texts.txt | icl predict program
     """
@@ -288,6 +290,7 @@ def predict(
     if not asked:
         raise DataError("there are no texts to predict; expected one a line on standard input")
     engine = open_backend(backend, loaded.settings.model, dtype=dtype, server=server, in_flight=in_flight)
+    bounded = False
     with _writing(output) as out, progress_bar("predicting", len(asked), "text") as advance:
         for first in range(0, len(asked), _CHUNK):
             part = asked[first : first + _CHUNK]
@@ -296,6 +299,12 @@ def predict(
             else:
                 rows = _generated(loaded, engine, part, max_new_tokens, advance)
             for row in rows:
+                if "at_most" in row and not bounded:
+                    bounded = True
+                    say(
+                        f"Note: {engine.device} tells its likeliest tokens only, so that the probabilities are "
+                        'lower bounds; "at_most" holds the upper ones. A newer vLLM tells them exactly.'
+                    )
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
 
@@ -312,7 +321,7 @@ def _labelled(program: Any, engine: Any, texts: tuple[str, ...], advance: Any) -
     for i, text in enumerate(texts):
         law = {label: float(p) for label, p in zip(said.labels, said.probabilities[i], strict=True)}
         label = said.labels[said.best[i]]
-        yield {
+        row = {
             "text": text,
             "label": label,
             "probability": law[label],
@@ -320,6 +329,9 @@ def _labelled(program: Any, engine: Any, texts: tuple[str, ...], advance: Any) -
             "other": float(said.other[i]),
             "prompt_tokens": int(said.prompt_tokens[i]),
         }
+        if said.upper is not None:
+            row["at_most"] = {label: float(p) for label, p in zip(said.labels, said.upper[i], strict=True)}
+        yield row
 
 
 def _generated(

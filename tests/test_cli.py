@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from tiny_model import save_tiny_model
 
 from evaluation.reference.trainer import load_reference
 from icl_compiler.artifact import load_program
+from icl_compiler.backends.backend import LabelScores
 from icl_compiler.backends.echo import EchoBackend
 from icl_compiler.cli import main
 from icl_compiler.command_line import new_bar
@@ -480,6 +482,38 @@ def test_what_is_done_when_an_engine_fails_is_kept(program: Path, here: Path, mo
     assert result.stderr == f"the first 256 lines are done and kept in {kept}\nError: the server is gone\n"
     assert [json.loads(line)["text"] for line in kept.read_text().splitlines()] == [f"text {i}" for i in range(256)]
     assert not (here / "out.jsonl").exists()
+
+
+def test_bounds_are_told_as_bounds(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    score = EchoBackend.label_logprobs
+
+    def bounded(*arguments: object, **settings: object) -> LabelScores:
+        found = score(*arguments, **settings)
+        return found._replace(upper=found.logprobs + 0.1)
+
+    monkeypatch.setattr(EchoBackend, "label_logprobs", bounded)
+    said = icl("predict", program, "hi", "there")
+    assert said.stderr.count("tells its likeliest tokens only") == 1
+    for line in said.stdout.splitlines():
+        row = json.loads(line)
+        expected = {label: p * np.exp(0.1) for label, p in row["probabilities"].items()}
+        assert row["at_most"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--in-flight", "3"], "--in-flight is about a vLLM server, and the backend is 'transformers'; leave it out"),
+        (["--server", "http://127.0.0.1:1", "--backend", "transformers"], "--server is about a vLLM server"),
+        (["--server", "http://127.0.0.1:1", "--dtype", "float32"], "dtype 'float32' comes too late"),
+        (["--server", "nonsense"], "nonsense"),
+    ],
+)
+def test_servers_that_cannot_be(tiny: Path, options: list[str], said: str) -> None:
+    done("compile", "train.csv", "-o", "real", "--retriever", "bm25", "--model", tiny)
+    result = icl("predict", "real", "hi", *options)
+    assert result.exit_code == 1
+    assert said in result.stderr
 
 
 def test_runs_at_once_into_one_folder(here: Path) -> None:

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +66,24 @@ def test_shared_prefix_is_computed_once(tiny: Path) -> None:
     inner = len({tuple(word[:end]) for word in WORDS for end in range(1, len(word))})
     needed = sum(len(query) + inner for query in queries)
     assert usage.computed_tokens - len(shots) <= 1.05 * needed
+
+
+def test_memory_grows_with_a_batch_and_not_with_the_queries(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = TransformersBackend(str(tiny), "float32", tree_tokens=256)
+    forward = backend._model.run
+    peaks: list[int] = []
+
+    def watched(tokens: Any, positions: Any, mask: Any, cache: Any) -> torch.Tensor:
+        peaks.append(cache.get_seq_length() + len(tokens))
+        return forward(tokens, positions, mask, cache)
+
+    monkeypatch.setattr(backend._model, "run", watched)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(20, 97, rng.integers(20, 60)).tolist() for _ in range(1000)]
+    for count in (100, 1000):
+        backend.label_logprobs(prompts[:count], WORDS)
+        assert max(peaks) <= 256 + 60
+    assert len(peaks) > 100
 
 
 def test_next_call_goes_on_from_the_last(tiny: Path) -> None:

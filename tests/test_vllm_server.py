@@ -1,3 +1,4 @@
+import json
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from fake_vllm import CONTEXT, DROP, FakeVLLM, Json, Trouble, law, logprob
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +23,7 @@ from icl_compiler.backends.backend import Backend
 from icl_compiler.backends.hf_transformers import TransformersBackend
 from icl_compiler.backends.label_walk import LabelWalk
 from icl_compiler.backends.vllm_server import VLLMServerBackend, group_questions
+from icl_compiler.cli import main
 from icl_compiler.compile import compile_program
 from icl_compiler.data import Dataset
 from icl_compiler.errors import BackendError, ContextLengthError, ModelError
@@ -573,6 +576,22 @@ def test_real_generation(real: Real, messages: Prompts) -> None:
     greedy = backend.generate(prompts, [0], max_new_tokens=4, temperature=0.0).items
     theirs = messages.transformers.generate(prompts, [0], max_new_tokens=4, temperature=0.0).items
     assert sum(a.tokens == b.tokens for a, b in zip(greedy, theirs, strict=True)) >= 2
+
+
+@pytest.mark.models
+def test_the_command_asks_a_real_server(real: Real, messages: Prompts, tmp_path: Path) -> None:
+    rows = [{"text": f"text {i}", "label": label} for i, label in enumerate(["card", "refund"] * 4)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    program = str(tmp_path / "program")
+    made = CliRunner().invoke(main, ["compile", str(tmp_path / "data.jsonl"), "-o", program, "--retriever", "bm25"])
+    assert made.exit_code == 0, made.output
+    laws = []
+    for where in (["--server", real.process.url, "--in-flight", "4"], ["--dtype", "float32"]):
+        said = CliRunner().invoke(main, ["predict", program, "text 3", "text 4", *where])
+        assert said.exit_code == 0, said.output
+        laws.append([json.loads(line)["probabilities"] for line in said.stdout.splitlines()])
+    for ours, theirs in zip(*laws, strict=True):
+        assert ours == pytest.approx(theirs, abs=0.05)
 
 
 @pytest.mark.models
