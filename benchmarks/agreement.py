@@ -1,4 +1,4 @@
-"""The same labels scored by every backend, number format and batch: how far apart they are; a quarter of an hour on 2 cores.
+"""The same labels scored by every backend, number format and batch: how far apart they are; a quarter of an hour.
 
     ICL_DATASETS=FOLDER python -m benchmarks agreement
 

@@ -3,11 +3,11 @@
     ICL_DATASETS=FOLDER python -m benchmarks served_scoring
 
 A server is started as `icl vllm` does. Of two datasets it scores queries drawn at random, 16 requests in flight, the
-shots retrieved from 1,200 examples (seed 0): banking77, 16 shots, whose 77 labels are a tree of 218 questions a query, and
-mr, 4 shots, 500 queries of two labels. A row holds the requests and tokens of the server's `/metrics`, before and after, and the least
-share of prompt tokens that the prefix cache can save: all full blocks of a prompt, in every question but its first.
-Rows are appended to `benchmarks/rows/served_scoring.jsonl`; a dataset that stands there for this commit is not measured
-again.
+shots retrieved from 1,200 examples (seed 0): banking77, 16 shots, whose 77 labels are a tree of 218 questions a query,
+and mr, 4 shots, 500 queries of two labels. A row holds the requests and tokens of the server's `/metrics`, before and
+after, and the least share of prompt tokens that the prefix cache can save: all full blocks of a prompt, in every
+question but its first. Rows are appended to `benchmarks/rows/served_scoring.jsonl`; a dataset that stands there for
+this commit is not measured again.
 """
 
 import json
