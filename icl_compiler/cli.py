@@ -71,10 +71,16 @@ def main() -> None:
     "--retriever",
     default="dense",
     type=TableName("retriever", RETRIEVERS),
-    help="How the shots for a text are found: dense (by meaning), bm25 (by words), or uniform (the same random "
-    "ones for every text).",
+    help="How the shots for a text are found: dense (by meaning), bm25 (by words), hybrid (both), mmr or dpp (near, "
+    "and unlike each other), coverage (together they hold the words of the text), cluster (its theme first), or the "
+    "same for every text: votek (typical and diverse), uniform (random).",
 )
-@click.option("--encoder", default="minilm", metavar="NAME", help="Model of sentence embeddings, for dense.")
+@click.option(
+    "--encoder",
+    default="minilm",
+    metavar="NAME",
+    help="Model of sentence embeddings; not used by uniform, bm25 and coverage.",
+)
 @template_option
 @click.option("--examples", type=WholeNumber(min=1), show_default="all", help="Rows of DATA to use, label-balanced.")
 @click.option("--test", metavar="DATA", help="Test data: rows with a text that stands there too are left out.")

@@ -1,6 +1,7 @@
 """From a dataset to a program: choose the rows, encode them as shots, index them.
 
-Nothing here runs the base model; only its tokenizer is read, and the encoder if the retriever is dense.
+Nothing here runs the base model; only its tokenizer is read, and the encoder unless the retriever is uniform, bm25 or
+coverage.
 """
 
 from collections.abc import Callable, Collection
@@ -71,7 +72,7 @@ def compile_program(
     notify(f"indexing them with {retriever}")
     index = new_retriever(retriever, encoder=encoder, seed=seed)
     index.fit(pool_data.texts)
-    order: Order = "best-first" if retriever == "uniform" else "best-last"
+    order: Order = "best-first" if retriever in ("uniform", "votek") else "best-last"
     settings = Settings(model, encoder, retriever, shots, budget, order, seed)
     return Program(settings, data.task, encoded, pool, index)
 

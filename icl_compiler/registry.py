@@ -16,6 +16,12 @@ RETRIEVERS: Mapping[str, str] = {
     "uniform": "retrievers.uniform:Uniform",
     "bm25": "retrievers.bm25:BM25",
     "dense": "retrievers.dense:Dense",
+    "hybrid": "retrievers.hybrid:Hybrid",
+    "mmr": "retrievers.mmr:MMR",
+    "dpp": "retrievers.dpp:DPP",
+    "coverage": "retrievers.coverage:Coverage",
+    "cluster": "retrievers.cluster:Cluster",
+    "votek": "retrievers.votek:VoteK",
 }
 BACKENDS: Mapping[str, str] = {
     "transformers": "icl_compiler.backends.hf_transformers:TransformersBackend",

@@ -28,7 +28,8 @@ def vllm(model: str, host: str, port: int, flags: tuple[str, ...]) -> None:
 
     if model.startswith("-"):
         raise click.UsageError(f"MODEL comes first, before {model} and other flags of vLLM.")
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    # SIGINT too: a shell that starts a program in the background lets it ignore that.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     server = None
     try:

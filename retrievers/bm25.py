@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Bool, Float64, Int64
 
 from retrievers.retriever import Hits, Resources
 
@@ -56,6 +57,18 @@ class BM25:
             ids[query] = enough[np.argsort(-score[enough], kind="stable")[:k]]
             scores[query] = score[ids[query]]
         return Hits(ids, scores)
+
+    def words_held(
+        self, text: str, rows: Int64[np.ndarray, " rows"]
+    ) -> tuple[Float64[np.ndarray, " words"], Bool[np.ndarray, "words rows"]]:
+        """The rarity (idf) of each word of `text` that any row of the index holds, and which of `rows` hold it."""
+        known = self._index.vocab_dict
+        numbers = [known[word] for word in dict.fromkeys(_words([text])[0]) if word in known]
+        starts, holders = self._index.scores["indptr"], self._index.scores["indices"]
+        holding = [holders[starts[number] : starts[number + 1]] for number in numbers]
+        counts = np.array([len(each) for each in holding], dtype=np.float64)
+        held = np.array([np.isin(rows, each) for each in holding], dtype=bool).reshape(len(holding), len(rows))
+        return np.log(1 + (self._rows - counts + 0.5) / (counts + 0.5)), held
 
     def save(self, folder: Path) -> None:
         """Write the index; one of no rows has no files."""

@@ -1,12 +1,17 @@
-"""Dense retrieval: cosine similarity of sentence embeddings, exact, by `faiss`."""
+"""Dense retrieval: cosine similarity of sentence embeddings, by `faiss`.
+
+Exact up to 50,000 rows; `faiss_index` says what happens beyond.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 
+from retrievers.encoder import unit
+from retrievers.faiss_index import load_index, nearest, new_index, save_index, vectors_of
 from retrievers.retriever import Hits, Resources
 
 
@@ -16,35 +21,33 @@ class Dense:
     score_meaning: ClassVar[str] = "cosine similarity"
 
     def __init__(self, resources: Resources) -> None:
-        self._encoder = resources.encoder
-        self._vectors = np.empty((0, 0), dtype=np.float32)
+        self._resources = resources
         self._index: Any = None
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return 0 if self._index is None else int(self._index.ntotal)
 
     def fit(self, texts: Sequence[str]) -> None:
         """Encode and index `texts`."""
-        self._set(self._encoder.encode(texts))
+        self._index = new_index(unit(self._resources.encoder.encode(texts)), seed=self._resources.seed)
 
     def search(self, texts: Sequence[str], k: int) -> Hits:
         """The `k` rows with the highest cosine, equal ones in the order of the rows."""
-        k = min(k, len(self._vectors))
+        k = min(k, self.rows)
         if not texts or not k:
             return Hits(np.empty((len(texts), k), dtype=np.int64), np.empty((len(texts), k), dtype=np.float32))
-        scores, ids = self._index.search(self._encoder.encode(texts), k)
-        order = np.lexsort((ids, -scores), axis=1)
-        return Hits(np.take_along_axis(ids.astype(np.int64), order, axis=1), np.take_along_axis(scores, order, axis=1))
+        return nearest(self._index, unit(self._resources.encoder.encode(texts)), k)
+
+    def vectors(self, ids: Int64[np.ndarray, "queries k"]) -> Float32[np.ndarray, "queries k width"]:
+        """The vectors of these rows, each of length 1."""
+        return vectors_of(self._index, ids)
 
     def save(self, folder: Path) -> None:
-        """Write the vectors; the index over them is exact and is built again in no time."""
-        np.save(folder / "vectors.npy", self._vectors, allow_pickle=False)
+        """Write the index, or the vectors where it is exact and is built again in no time."""
+        save_index(self._index, folder)
 
     def load(self, folder: Path) -> None:
-        """Read the vectors and index them."""
-        self._set(np.load(folder / "vectors.npy", allow_pickle=False))
-
-    def _set(self, vectors: Float32[np.ndarray, "rows width"]) -> None:
-        import faiss
-
-        self._vectors = vectors
-        self._index = faiss.IndexFlatIP(max(1, vectors.shape[1]))
-        if len(vectors):
-            self._index.add(vectors)
+        """Read the index."""
+        self._index = load_index(folder)

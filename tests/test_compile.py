@@ -101,7 +101,7 @@ def test_an_instruction_that_fills_the_budget_is_refused():
 
 
 def test_the_encoder_is_loaded_only_where_it_is_used():
-    for retriever in ("uniform", "bm25"):
+    for retriever in ("uniform", "bm25", "coverage"):
         program = compiled(retriever=retriever, encoder="no such encoder")
         assert len(program.prompts(["where is my card"])[0].selection.rows) == 12
     with pytest.raises(ModelError, match="there is no model 'no such encoder'"):

@@ -82,6 +82,23 @@ def test_pools_of_no_row_or_one(name, pool, tmp_path):
 
 
 @every_retriever
+def test_no_rows_asked_for(name):
+    ids, scores = fitted(name, POOL).search(QUERIES, 0)
+    assert ids.shape == scores.shape == (len(QUERIES), 0)
+    assert fitted(name, []).search([], 0).ids.shape == (0, 0)
+
+
+@every_retriever
+def test_copies_of_a_row_are_rows_of_their_own(name):
+    retriever = fitted(name, ["a b"] * 6 + ["c d"] * 3 + ["", ""])
+    for k in (1, 4, 11, 12):
+        ids, scores = retriever.search(["a b", "c", "nothing of it", ""], k)
+        assert all(len(set(row)) == min(k, 11) for row in ids.tolist())
+        assert (np.diff(scores, axis=1) <= 0).all()
+        assert np.isfinite(scores).all()
+
+
+@every_retriever
 def test_no_queries(name):
     ids, scores = fitted(name, POOL).search([], 5)
     assert ids.shape == scores.shape == (0, 5)
@@ -115,7 +132,8 @@ def test_any_text_can_be_pool_and_query(name, pool, queries, k):
 
 
 NEW_PROCESS = """
-import json, sys
+import json, os, sys
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "3"  # before they are read
 from pathlib import Path
 from hashed_words import HashedWords
 from icl_compiler.registry import RETRIEVERS, resolve
@@ -137,7 +155,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
-    """Every retriever saved here, then loaded, asked, fitted and saved in a process that hashes differently."""
+    """Every retriever saved here, then loaded, asked, fitted and saved in a process with other hashes and threads."""
     here, there = tmp_path_factory.mktemp("here"), tmp_path_factory.mktemp("there")
     for name in RETRIEVERS:
         (here / name).mkdir()

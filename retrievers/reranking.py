@@ -1,0 +1,44 @@
+"""The nearest rows of a query in another order: what `mmr` and `dpp` share.
+
+Both look at a list of the 256 rows nearest to the query and take them one by one, each for its relevance less what
+the rows taken before have in common with it. The rows after the list follow in the order of their cosine; each is
+scored as if it repeated a row that was taken, which none of the list can do worse than. So scores fall, and the
+`k` best are the first of the `k + 1` best, whatever the length of the list.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from retrievers.dense import Dense
+from retrievers.retriever import Hits
+
+_CANDIDATES = 256
+_BLOCK = 8  # queries at once: their vectors stay in the processor's cache
+
+Pick = Callable[
+    [Float32[np.ndarray, "queries rows"], Float32[np.ndarray, "queries rows width"], int],
+    tuple[Int64[np.ndarray, "queries k"], Float32[np.ndarray, "queries k"]],
+]
+"""Cosines of the rows of each query's list, best first, their vectors, and how many to take: places and scores."""
+Repeated = Callable[[Float32[np.ndarray, "queries rows"]], Float32[np.ndarray, "queries rows"]]
+"""Cosines to scores of rows that repeat a row taken before."""
+
+
+def rerank(dense: Dense, texts: Sequence[str], k: int, *, pick: Pick, repeated: Repeated) -> Hits:
+    """The `k` rows that `pick` takes of each query's list, and where the list ends, the rows after it."""
+    k, listed = min(k, dense.rows), min(_CANDIDATES, dense.rows)
+    ids = np.empty((len(texts), k), dtype=np.int64)
+    scores = np.empty((len(texts), k), dtype=np.float32)
+    if not k:
+        return Hits(ids, scores)
+    hits = dense.search(texts, max(k, listed))
+    for start in range(0, len(texts), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        found, cosines = hits.ids[block], hits.scores[block]
+        places, taken = pick(cosines[:, :listed], dense.vectors(found[:, :listed]), min(k, listed))
+        ids[block] = np.concatenate([np.take_along_axis(found, places, axis=1), found[:, listed:k]], axis=1)
+        scores[block] = np.concatenate([taken, repeated(cosines[:, listed:k])], axis=1)
+    # They fall but for rounding.
+    return Hits(ids, np.minimum.accumulate(scores, axis=1))
