@@ -1,0 +1,697 @@
+"""How the gap falls with the number of examples: fitted curves, their intervals, the examples until epsilon.
+
+- n counts examples, from 1 on; a gap is a mean over queries, in [0, 1]. Three forms, each with a floor a: "bounded
+  power" a + b (1 + n / n_c)^-c, flat first and then falling, the default; "power" a + b n^-c; and "logistic"
+  a + b / (1 + (n / n_c)^c), logistic in log n. With fewer than 6 sizes only the power form, with c in [0.1, 2].
+- A curve leads from its value at the smallest size to its floor. Both are in [0, 1], and so is all between. Either may
+  be the larger one: nothing forces a curve to fall, and gaps that go up and down are fitted as they are.
+- Weighted least squares without randomness. For given c and n_c the two ends solve a linear problem in a box, exactly
+  (variable projection, Golub and Pereyra 1973); c and n_c are searched on a grid, and from the best point of each
+  quarter of it by Levenberg and Marquardt's method. Thousands of fits run at once, as arrays: the bootstrap is cheap.
+- Intervals are APPROXIMATE: percentiles of a bootstrap that draws whole queries, since all sizes are asked the same
+  ones (Efron 1979). They take the form for granted, and the weights as they are. For plans and plots; claims rest on
+  `evaluation.verdict`.
+- What a curve says beyond the sizes measured is a guess, and comes with a warning.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.special import ndtri, stdtrit
+
+from evaluation.intervals import Interval
+from icl_compiler.errors import EvaluationError
+
+Form = Literal["bounded power", "power", "logistic"]
+Parameter = Literal["floor", "scale", "exponent", "knee"]
+
+# The default first.
+FORMS: tuple[Form, ...] = ("bounded power", "power", "logistic")
+PARAMETERS: tuple[Parameter, ...] = ("floor", "scale", "exponent", "knee")
+# With fewer sizes only the power form is fitted, within narrower exponents.
+ENOUGH_SIZES = 6
+FEW_EXPONENTS = (0.1, 2.0)
+EXPONENTS = (0.05, 5.0)
+# n_c lies between a tenth of the smallest size and ten times the largest.
+KNEE_BEYOND = 10
+# A prediction is doubtful beyond the first multiple of the largest size, baseless beyond the second.
+DOUBTFUL, BASELESS = 2, 4
+# A floor whose interval is wider than this part of the smallest gap is not identified.
+WIDE_FLOOR = 0.5
+# More examples than this are no answer.
+MOST_EXAMPLES = 1e15
+# Starting points of a fit: the best grid point in each of so many bands of exponents.
+STARTS = 4
+ROUNDS = 60
+# Fits per step, to bound memory.
+CHUNK = 256
+
+
+class Range(NamedTuple):
+    """An interval of any numbers, both ends included."""
+
+    low: float
+    high: float
+
+
+class Estimate(NamedTuple):
+    """A number with its interval."""
+
+    value: float
+    interval: Range
+
+
+class Prediction(NamedTuple):
+    """A predicted gap in [0, 1] with its interval, and a sentence where it is an extrapolation."""
+
+    gap: float
+    interval: Interval
+    warning: str | None
+
+
+class ExamplesUntil(NamedTuple):
+    """The smallest number of examples with which a curve is within epsilon; `None` is never.
+
+    Attributes:
+        low: low end of the interval; `None` where no end of it is reached.
+        high: high end of the interval; `None` where it is not known to be reached at all.
+        warning: a sentence where the number is an extrapolation.
+    """
+
+    n: int | None
+    low: int | None
+    high: int | None
+    warning: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Mean gaps at several numbers of examples, with standard errors: what a curve is fitted to.
+
+    Attributes:
+        sizes: numbers of examples, at least two, at least 1, strictly increasing.
+        gaps: the mean gap at each size, in [0, 1].
+        errors: their standard errors, above 0; a fit weighs a size by 1 / error^2.
+        per_query: the gap of each query at each size, where known: the same queries at every size.
+    """
+
+    sizes: Int[np.ndarray, " sizes"]
+    gaps: Float[np.ndarray, " sizes"]
+    errors: Float[np.ndarray, " sizes"]
+    per_query: Float[np.ndarray, "queries sizes"] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.sizes) < 2 or self.sizes.min() < 1 or bool((np.diff(self.sizes) <= 0).any()):
+            raise EvaluationError(
+                f"sizes should be at least two, at least 1 and strictly increasing, are {self.sizes.tolist()}; "
+                "zero shots are another prompt"
+            )
+        _check_gaps(self.gaps)
+        if not bool(((self.errors > 0) & (self.errors < math.inf)).all()):
+            raise EvaluationError(
+                f"standard errors should be above 0 and finite, are {self.errors.tolist()}; "
+                "an interval without width would weigh infinitely"
+            )
+
+    @classmethod
+    def from_queries(cls, sizes: Int[np.ndarray, " sizes"], per_query: Float[np.ndarray, "queries sizes"]) -> "Points":
+        """Points from the gap of each query (row) at each size (column), in [0, 1]: the better source.
+
+        The variance counts one query more, at distance 1/2 from the mean, as `evaluation.intervals.betting` does: so
+        a size where all gaps are alike, perhaps 0, does not weigh infinitely.
+
+        Raises:
+            EvaluationError: sizes or gaps that `Points` does not take, fewer than two queries.
+
+        >>> Points.from_queries(np.array([4, 64]), np.array([[0.5, 0.2], [0.3, 0.2]])).gaps
+        array([0.4, 0.2])
+        """
+        rows = per_query.astype(np.float64)
+        queries = len(rows)
+        if queries < 2:
+            raise EvaluationError(f"a curve needs at least two queries, there are {queries}")
+        _check_gaps(rows)
+        squares = ((rows - rows.mean(axis=0)) ** 2).sum(axis=0)
+        return cls(sizes, rows.mean(axis=0), np.sqrt((0.25 + squares) / (queries + 1) / queries), rows)
+
+    @classmethod
+    def from_intervals(
+        cls,
+        sizes: Int[np.ndarray, " sizes"],
+        gaps: Float[np.ndarray, " sizes"],
+        lows: Float[np.ndarray, " sizes"],
+        highs: Float[np.ndarray, " sizes"],
+        *,
+        level: float = 0.95,
+    ) -> "Points":
+        """Points from means and intervals alone, as rows of measurements have them.
+
+        A standard error is half the width over the normal quantile. The sizes then count as independent, which they
+        are not if they share queries: intervals of slopes are too wide, those of the floor may be too narrow.
+
+        Raises:
+            EvaluationError: sizes or gaps that `Points` does not take, an interval without width.
+
+        >>> sizes, gaps = np.array([4, 64]), np.array([0.4, 0.2])
+        >>> Points.from_intervals(sizes, gaps, gaps - 0.098, gaps + 0.098).errors.round(4)
+        array([0.05, 0.05])
+        """
+        _check_part("level", level)
+        return cls(sizes, gaps.astype(np.float64), (highs - lows).astype(np.float64) / 2 / _quantile(level))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A gap as a function of the number of examples n: a, b, c and n_c of the module's three forms.
+
+    Attributes:
+        floor: a, what is left for ever, in [0, 1].
+        scale: b; negative for a curve that rises.
+        exponent: c.
+        knee: n_c, in examples; `None` for the power form.
+    """
+
+    form: Form
+    floor: float
+    scale: float
+    exponent: float
+    knee: float | None = None
+
+    def at(self, sizes: Float[np.ndarray, " sizes"]) -> Float[np.ndarray, " sizes"]:
+        """The gap at each number of examples (above 0), cut to [0, 1].
+
+        >>> Curve("power", 0.1, 0.4, 0.5).at(np.array([1.0, 4.0, 16.0]))
+        array([0.5, 0.3, 0.2])
+        """
+        gaps: Float[np.ndarray, " sizes"] = np.clip(_values(self.form, self._row(), sizes)[0], 0.0, 1.0)
+        return gaps
+
+    def slope_at(self, n: float) -> float:
+        """d log gap / d log n at n examples; 0 where the curve is flat.
+
+        >>> round(Curve("power", 0.0, 0.4, 0.5).slope_at(64.0), 3)
+        -0.5
+        """
+        return float(_slopes(self.form, self._row(), float(n))[0])
+
+    def _row(self) -> Float[np.ndarray, "1 4"]:
+        return np.array([[self.floor, self.scale, self.exponent, 1.0 if self.knee is None else self.knee]])
+
+
+class Fit(NamedTuple):
+    """A fitted curve, and how good it is.
+
+    Attributes:
+        chi2: sum over sizes of (residual / standard error)^2.
+        aicc: chi2 + 2k + 2k (k + 1) / (sizes - k - 1) for k parameters; infinite with too few sizes. To compare
+            forms on the same points (Hurvich and Tsai 1989).
+        left_out: how far the curve fitted without the largest size misses the gap there; `None` with too few sizes.
+    """
+
+    curve: Curve
+    chi2: float
+    aicc: float
+    left_out: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class FittedCurve:
+    """A fit with what the bootstrap made of it: made by `fitted_curve`.
+
+    Attributes:
+        resampled: the parameters of the curve fitted to each resample, in the order of `PARAMETERS`.
+    """
+
+    points: Points
+    fit: Fit
+    level: float
+    resampled: Float[np.ndarray, "resamples 4"]
+
+    @property
+    def floor_is_unidentified(self) -> bool:
+        """Whether the data leave the floor open, so that nothing should be built on its value.
+
+        So it is if its interval is wider than half of the smallest gap (of two standard errors, if that gap is
+        smaller): typically from about 0 to most of that gap. And if there are fewer than 4 sizes, one more than the
+        power form has parameters. Where a form is identified by its shape alone, the flag believes the shape.
+
+        >>> sizes = np.array([1, 16, 256])
+        >>> points = Points.from_queries(sizes, np.full((50, 3), 0.1 + 0.4 / np.sqrt(sizes)))
+        >>> fitted_curve(points, rng=np.random.default_rng(0), resamples=10).floor_is_unidentified
+        True
+        """
+        place = int(self.points.gaps.argmin())
+        least = max(float(self.points.gaps[place]), 2 * float(self.points.errors[place]))
+        low, high = self.interval("floor")
+        return len(self.points.sizes) < 4 or high - low > WIDE_FLOOR * least
+
+    def interval(self, parameter: Parameter) -> Range:
+        """The interval of one of the parameters of the curve; of the knee only where the form has one.
+
+        Raises:
+            EvaluationError: the knee of a power curve.
+        """
+        if parameter == "knee" and self.fit.curve.knee is None:
+            raise EvaluationError(f"a {self.fit.curve.form} curve has no knee")
+        return _percentiles(self.resampled[:, PARAMETERS.index(parameter)], self.level)
+
+    def slope_at(self, n: int) -> Estimate:
+        """d log gap / d log n of the fitted curve at n examples, with its interval.
+
+        Raises:
+            EvaluationError: n below 1.
+        """
+        _check_n(n)
+        slopes = _slopes(self.fit.curve.form, self.resampled, float(n))
+        return Estimate(self.fit.curve.slope_at(float(n)), _percentiles(slopes, self.level))
+
+    def predict(self, n: int) -> Prediction:
+        """The gap with n examples, with the interval of the curve there and a warning outside the sizes measured.
+
+        The interval knows the noise of the fit, not whether the form goes on: beyond 2 times the largest size the
+        warning calls it a guess, beyond 4 times baseless.
+
+        Raises:
+            EvaluationError: n below 1.
+
+        >>> sizes = np.array([1, 4, 16, 64])
+        >>> points = Points.from_queries(sizes, np.full((50, 4), 0.1 + 0.4 / np.sqrt(sizes)))
+        >>> there = fitted_curve(points, rng=np.random.default_rng(0), resamples=10).predict(256)
+        >>> round(there.gap, 3)
+        0.125
+        >>> there.warning
+        '256 examples are 4.0 times the largest size measured (64): this is a guess'
+        """
+        _check_n(n)
+        form, sizes = self.fit.curve.form, np.array([float(n)])
+        low, high = _percentiles(np.clip(_values(form, self.resampled, sizes)[:, 0], 0.0, 1.0), self.level)
+        return Prediction(float(self.fit.curve.at(sizes)[0]), Interval(low, high), self._warning(n))
+
+    def examples_until(self, epsilon: float) -> ExamplesUntil:
+        """The smallest n, from the smallest size on, at which the fitted curve is at most `epsilon`.
+
+        `None` where its floor is at `epsilon` or above, and beyond 1e15 examples. A resample that never gets there
+        counts as infinite, so that the high end of the interval is `None` as soon as more than (1 - level) / 2 of
+        them do.
+
+        Raises:
+            EvaluationError: `epsilon` outside (0, 1).
+
+        >>> sizes = np.array([1, 4, 16, 64])
+        >>> points = Points.from_queries(sizes, np.full((50, 4), 0.1 + 0.4 / np.sqrt(sizes)))
+        >>> curve = fitted_curve(points, rng=np.random.default_rng(0), resamples=10)
+        >>> curve.examples_until(0.2), curve.examples_until(0.1).n
+        (ExamplesUntil(n=16, low=16, high=16, warning=None), None)
+        """
+        _check_part("epsilon", epsilon)
+        form, least = self.fit.curve.form, float(self.points.sizes[0])
+        n = _whole(float(_sizes_within(form, self.fit.curve._row(), epsilon, least)[0]))
+        low, high = _percentiles(_sizes_within(form, self.resampled, epsilon, least), self.level)
+        return ExamplesUntil(n, _whole(low), _whole(high), None if n is None else self._warning(n))
+
+    def _warning(self, n: int) -> str | None:
+        least, most = int(self.points.sizes[0]), int(self.points.sizes[-1])
+        if n < least:
+            return f"{n:,} examples are fewer than the smallest size measured ({least:,}): this is a guess"
+        if n <= DOUBTFUL * most:
+            return None
+        doubt = "this is a guess" if n <= BASELESS * most else "no measurement supports this"
+        return f"{n:,} examples are {n / most:,.1f} times the largest size measured ({most:,}): {doubt}"
+
+
+def fit(points: Points, form: Form | None = None) -> Fit:
+    """The curve of one form that is nearest to the points; by default bounded power, or power with few sizes.
+
+    The exponent is within [0.05, 5], with fewer than 6 sizes within [0.1, 2]; n_c between a tenth of the smallest size
+    and ten times the largest. Two sizes do not determine a curve: one of those through both is taken.
+
+    Source: the forms are those that Arora et al. 2024 compare (arXiv 2410.16531). Curves of in-context learning often
+    start flat, where the power form fits badly and the other two do not: our fits to the errors published by Bertsch et
+    al. 2024 (arXiv 2405.00200).
+
+    Raises:
+        EvaluationError: another form than power with fewer than 6 sizes.
+
+    >>> sizes = np.array([1, 4, 16, 64])
+    >>> found = fit(Points.from_queries(sizes, np.full((50, 4), 0.1 + 0.4 / np.sqrt(sizes)))).curve
+    >>> found.form, round(found.floor, 4), round(found.scale, 4), round(found.exponent, 4)
+    ('power', 0.1, 0.4, 0.5)
+    """
+    count = len(points.sizes)
+    if form is None:
+        form = "power" if count < ENOUGH_SIZES else FORMS[0]
+    if form != "power" and count < ENOUGH_SIZES:
+        raise EvaluationError(
+            f"a {form} curve needs at least {ENOUGH_SIZES} sizes, there are {count}: fit the power curve"
+        )
+    sizes, gaps = points.sizes.astype(np.float64), points.gaps[None]
+    parameters, chi2s = _fitted(form, sizes, gaps, points.errors, _exponents(points))
+    free, chi2 = 3 if form == "power" else 4, float(chi2s[0])
+    left_out = None
+    if count > free:
+        earlier, _ = _fitted(form, sizes[:-1], gaps[:, :-1], points.errors[:-1], _exponents(points))
+        left_out = abs(float(_values(form, earlier, sizes[-1:])[0, 0] - gaps[0, -1]))
+    spare = count - free - 1
+    aicc = chi2 + 2 * free + 2 * free * (free + 1) / spare if spare > 0 else math.inf
+    floor, scale, exponent, knee = map(float, parameters[0])
+    return Fit(Curve(form, floor, scale, exponent, None if form == "power" else knee), chi2, aicc, left_out)
+
+
+def best_fit(points: Points) -> Fit:
+    """The fit of the form to use: bounded power, unless another is better by AICc and at the size left out.
+
+    Both criteria have to agree: AICc alone takes the sizes for independent and the errors for exact, and prefers few
+    parameters where sizes are few. With fewer than 6 sizes the power form.
+
+    >>> sizes = 2 ** np.arange(8)
+    >>> best_fit(Points.from_queries(sizes, np.full((50, 8), 0.1 + 0.4 / (1 + (sizes / 16) ** 2)))).curve.form
+    'logistic'
+    """
+    default = fit(points)
+    if len(points.sizes) < ENOUGH_SIZES:
+        return default
+    others = [fit(points, form) for form in FORMS[1:]]
+    better = [
+        other for other in others if other.aicc < default.aicc and (other.left_out or 0.0) < (default.left_out or 0.0)
+    ]
+    return min(better or [default], key=lambda found: found.aicc)
+
+
+def fitted_curve(
+    points: Points,
+    *,
+    rng: np.random.Generator,
+    form: Form | None = None,
+    level: float = 0.95,
+    resamples: int = 1000,
+) -> FittedCurve:
+    """The fitted curve (of `best_fit`, or of a given form) with bootstrap intervals at `level`: APPROXIMATE.
+
+    Draws whole queries with replacement and fits the form again, to the means of all sizes at once: what queries have
+    in common across sizes stays. Without gaps per query, draws each mean from a normal law by itself.
+
+    Raises:
+        EvaluationError: a form that `fit` refuses, `level` outside (0, 1), no `resamples`.
+
+    >>> sizes = np.array([1, 4, 16, 64])
+    >>> gaps = np.random.default_rng(0).uniform(0.5, 1.5, (200, 1)) * (0.1 + 0.4 / np.sqrt(sizes))
+    >>> curve = fitted_curve(Points.from_queries(sizes, gaps), rng=np.random.default_rng(1))
+    >>> low, high = curve.interval("exponent")
+    >>> bool(low < 0.51 and high > 0.49)
+    True
+    """
+    _check_part("level", level)
+    if resamples < 1:
+        raise EvaluationError(f"resamples should be >= 1, is {resamples}")
+    found = best_fit(points) if form is None else fit(points, form)
+    means = _resampled_means(points, resamples, rng)
+    sizes = points.sizes.astype(np.float64)
+    parameters, _ = _fitted(found.curve.form, sizes, means, points.errors, _exponents(points))
+    return FittedCurve(points, found, level, parameters)
+
+
+def slope(points: Points, *, level: float = 0.95) -> Estimate:
+    """The slope of log gap against log n over all sizes, by weighted least squares, with its interval.
+
+    An order n = O(1 / eps^2), as three of arXiv 2506.08060, means -1/2; n = O(1 / eps) means -1. A straight line has
+    no floor: a gap that levels off has a slope nearer to 0. The weights are those of log gaps, (gap / error)^2.
+
+    The interval is the delta method's: the slope is nearly a sum over queries, and its variance that of the terms, so
+    that what queries have in common across sizes counts. Without gaps per query the sizes count as independent.
+    APPROXIMATE: for many queries, and gaps well above their errors.
+
+    Raises:
+        EvaluationError: a mean gap of 0, which has no logarithm; `level` outside (0, 1).
+
+    >>> sizes = np.array([1, 4, 16, 64])
+    >>> gaps = np.random.default_rng(0).uniform(0.5, 1.5, (200, 1)) * 0.4 / np.sqrt(sizes)
+    >>> round(slope(Points.from_queries(sizes, gaps)).value, 6)
+    -0.5
+    """
+    _check_part("level", level)
+    if not bool((points.gaps > 0).all()):
+        size = points.sizes[int(points.gaps.argmin())]
+        raise EvaluationError(f"the gap with {size:,} examples is 0, which has no logarithm: leave that size out")
+    logs, relative = np.log(points.sizes), points.errors / points.gaps
+    weights = relative**-2.0
+    centred = logs - (weights * logs).sum() / weights.sum()
+    shares = weights * centred / (weights * centred**2).sum()
+    value = float((shares * np.log(points.gaps)).sum())
+    if points.per_query is None:
+        radius = _quantile(level) * math.sqrt(float(((shares * relative) ** 2).sum()))
+    else:
+        queries = len(points.per_query)
+        terms = ((points.per_query - points.gaps) / points.gaps) @ shares
+        radius = float(stdtrit(queries - 1, 0.5 + level / 2)) * math.sqrt(float(terms.var(ddof=1)) / queries)
+    return Estimate(value, Range(value - radius, value + radius))
+
+
+def _exponents(points: Points) -> tuple[float, float]:
+    return EXPONENTS if len(points.sizes) >= ENOUGH_SIZES else FEW_EXPONENTS
+
+
+def _resampled_means(points: Points, resamples: int, rng: np.random.Generator) -> Float[np.ndarray, "resamples sizes"]:
+    if points.per_query is None:
+        drawn = rng.normal(points.gaps, points.errors, (resamples, len(points.gaps)))
+    else:
+        queries = len(points.per_query)
+        drawn = np.empty((resamples, len(points.gaps)))
+        rows = max(1, 2**22 // queries)
+        for start in range(0, resamples, rows):
+            times = rng.multinomial(queries, np.full(queries, 1 / queries), size=min(rows, resamples - start))
+            drawn[start : start + rows] = times @ points.per_query / queries
+    means: Float[np.ndarray, "resamples sizes"] = np.clip(drawn, 0.0, 1.0)
+    return means
+
+
+def _shapes(
+    form: Form,
+    sizes: Float[np.ndarray, " sizes"],
+    exponents: Float[np.ndarray, " curves"],
+    knees: Float[np.ndarray, " curves"],
+) -> Float[np.ndarray, "curves sizes"]:
+    # What b is multiplied with: falls to 0 as n grows.
+    c, n_c = exponents[:, None], knees[:, None]
+    shapes: Float[np.ndarray, "curves sizes"]
+    if form == "power":
+        shapes = sizes**-c
+    elif form == "bounded power":
+        shapes = (1 + sizes / n_c) ** -c
+    else:
+        shapes = 1 / (1 + (sizes / n_c) ** c)
+    return shapes
+
+
+def _values(
+    form: Form, parameters: Float[np.ndarray, "curves 4"], sizes: Float[np.ndarray, " sizes"]
+) -> Float[np.ndarray, "curves sizes"]:
+    floors, scales, exponents, knees = parameters.T
+    values: Float[np.ndarray, "curves sizes"]
+    values = floors[:, None] + scales[:, None] * _shapes(form, sizes, exponents, knees)
+    return values
+
+
+def _slopes(form: Form, parameters: Float[np.ndarray, "curves 4"], n: float) -> Float[np.ndarray, " curves"]:
+    floors, scales, exponents, knees = parameters.T
+    shapes = _shapes(form, np.array([n]), exponents, knees)[:, 0]
+    # d log shape / d log n is -c times this.
+    part = {"power": np.ones_like(shapes), "bounded power": n / (n + knees), "logistic": 1 - shapes}[form]
+    changes = -scales * exponents * shapes * part
+    slopes = np.zeros_like(shapes)
+    with np.errstate(divide="ignore"):
+        np.divide(changes, floors + scales * shapes, out=slopes, where=changes != 0)
+    return slopes
+
+
+def _sizes_within(
+    form: Form, parameters: Float[np.ndarray, "curves 4"], epsilon: float, least: float
+) -> Float[np.ndarray, " curves"]:
+    # The smallest n >= `least` with a curve of at most epsilon, infinite where there is none.
+    floors, scales, exponents, knees = parameters.T
+    first = _values(form, parameters, np.array([least]))[:, 0]
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        shapes = (epsilon - floors) / scales
+        if form == "power":
+            sizes = shapes ** (-1 / exponents)
+        elif form == "bounded power":
+            sizes = knees * (shapes ** (-1 / exponents) - 1)
+        else:
+            sizes = knees * (1 / shapes - 1) ** (1 / exponents)
+    sizes = np.where((scales > 0) & (floors < epsilon), np.maximum(sizes, least), np.inf)
+    found: Float[np.ndarray, " curves"] = np.where(first <= epsilon, least, sizes)
+    return found
+
+
+def _whole(n: float) -> int | None:
+    # 4 / 0.1 is 40, whatever the last digit says.
+    return math.ceil(n * (1 - 1e-6)) if n <= MOST_EXAMPLES else None
+
+
+def _percentiles(values: Float[np.ndarray, " resamples"], level: float) -> Range:
+    # Ranks rounded outward, without arithmetic between values: some may be infinite.
+    ordered, tail = np.sort(values), (1 - level) / 2 * (len(values) - 1)
+    return Range(float(ordered[math.floor(tail)]), float(ordered[math.ceil(len(values) - 1 - tail)]))
+
+
+def _fitted(
+    form: Form,
+    sizes: Float[np.ndarray, " sizes"],
+    gaps: Float[np.ndarray, "curves sizes"],
+    errors: Float[np.ndarray, " sizes"],
+    exponents: tuple[float, float],
+) -> tuple[Float[np.ndarray, "curves 4"], Float[np.ndarray, " curves"]]:
+    # Parameters and chi2 of the best curve for each row of gaps.
+    ranges = [exponents] if form == "power" else [exponents, (sizes[0] / KNEE_BEYOND, sizes[-1] * KNEE_BEYOND)]
+    bounds = np.log(np.array(ranges))
+    found, chi2s = [], []
+    for start in range(0, len(gaps), CHUNK):
+        chunk = gaps[start : start + CHUNK]
+        logs = _starts(form, sizes, chunk, errors, bounds)
+        logs = _polished(form, sizes, np.repeat(chunk, STARTS, axis=0), errors, logs, bounds)
+        residuals, firsts, floors = _projected(form, sizes, np.repeat(chunk, STARTS, axis=0), errors, logs)
+        chi2 = (residuals**2).sum(axis=1)
+        # Of starts that lead to equally good curves the first counts.
+        best = np.maximum(chi2.reshape(-1, STARTS), 1e-14).argmin(axis=1) + STARTS * np.arange(len(chunk))
+        exponent = np.exp(logs[best, 0])
+        knee = np.ones_like(exponent) if form == "power" else np.exp(logs[best, 1])
+        scale = (firsts - floors)[best] / _shapes(form, sizes[:1], exponent, knee)[:, 0]
+        found.append(np.stack([floors[best], scale, exponent, knee], axis=1))
+        chi2s.append(chi2[best])
+    return np.concatenate(found), np.concatenate(chi2s)
+
+
+def _starts(
+    form: Form,
+    sizes: Float[np.ndarray, " sizes"],
+    gaps: Float[np.ndarray, "curves sizes"],
+    errors: Float[np.ndarray, " sizes"],
+    bounds: Float[np.ndarray, "shape_parameters 2"],
+) -> Float[np.ndarray, "starts shape_parameters"]:
+    # For each row of gaps the best points of a grid of log c (and log n_c), one in each band of exponents.
+    steps = 40 if form == "power" else 20
+    axes = [np.linspace(low, high, steps) for low, high in bounds]
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(bounds))
+    falls = _falls(form, sizes, grid) / errors
+    rises = 1 / errors - falls
+    scaled = gaps / errors
+    products = (falls * falls).sum(axis=1), (falls * rises).sum(axis=1), (rises * rises).sum(axis=1)
+    _, _, excess = _best_ends(*products, scaled @ falls.T, scaled @ rises.T)
+    # Differences that are rounding errors are none: of equally good points the first counts.
+    chi2 = np.maximum((scaled**2).sum(axis=1, keepdims=True) + excess, 1e-9)
+    bands = np.array_split(np.arange(len(grid)), STARTS)
+    best = np.stack([band[chi2[:, band].argmin(axis=1)] for band in bands], axis=1)
+    starts: Float[np.ndarray, "starts shape_parameters"] = grid[best.ravel()]
+    return starts
+
+
+def _polished(
+    form: Form,
+    sizes: Float[np.ndarray, " sizes"],
+    gaps: Float[np.ndarray, "curves sizes"],
+    errors: Float[np.ndarray, " sizes"],
+    logs: Float[np.ndarray, "curves shape_parameters"],
+    bounds: Float[np.ndarray, "shape_parameters 2"],
+) -> Float[np.ndarray, "curves shape_parameters"]:
+    # Levenberg and Marquardt's method within bounds, for all rows at once; derivatives by differences.
+    low, high, unit = bounds[:, 0], bounds[:, 1], np.eye(len(bounds))
+    residuals, _, _ = _projected(form, sizes, gaps, errors, logs)
+    damping, active = np.full(len(logs), 1e-3), np.arange(len(logs))
+    for _ in range(ROUNDS):
+        here, before, wanted = logs[active], residuals[active], gaps[active]
+        near = np.concatenate([here + 1e-6 * one for one in unit])
+        moved, _, _ = _projected(form, sizes, np.tile(wanted, (len(unit), 1)), errors, near)
+        slopes = np.moveaxis((moved.reshape(-1, *wanted.shape) - before) / 1e-6, 0, -1)
+        gradient = np.einsum("csp,cs->cp", slopes, before)
+        # A parameter that would leave its bounds stays, and the others take their best step without it.
+        stays = ((here <= low) & (gradient > 0)) | ((here >= high) & (gradient < 0))
+        slopes = np.where(stays[:, None, :], 0.0, slopes)
+        normal = np.einsum("csp,csq->cpq", slopes, slopes)
+        normal = normal * (1 + damping[active, None, None] * unit) + 1e-12 * unit
+        steps = np.linalg.solve(normal, np.where(stays, 0.0, -gradient)[..., None])[..., 0]
+        tried = np.clip(here + np.clip(steps, -1.0, 1.0), low, high)
+        after, _, _ = _projected(form, sizes, wanted, errors, tried)
+        chi2 = (before**2).sum(axis=1)
+        gain = chi2 - (after**2).sum(axis=1)
+        better = gain > 0
+        logs[active[better]], residuals[active[better]] = tried[better], after[better]
+        damping[active] = np.clip(damping[active] * np.where(better, 0.25, 4.0), 1e-9, 1e9)
+        settled = better & (gain < 1e-7 * chi2 + 1e-13)
+        active = active[~settled & (np.abs(tried - here).max(axis=1) > 1e-7)]
+        if len(active) == 0:
+            break
+    return logs
+
+
+def _projected(
+    form: Form,
+    sizes: Float[np.ndarray, " sizes"],
+    gaps: Float[np.ndarray, "curves sizes"],
+    errors: Float[np.ndarray, " sizes"],
+    logs: Float[np.ndarray, "curves shape_parameters"],
+) -> tuple[Float[np.ndarray, "curves sizes"], Float[np.ndarray, " curves"], Float[np.ndarray, " curves"]]:
+    # Residuals over errors, first value and floor of the best curve with these log c (and log n_c).
+    falls = _falls(form, sizes, logs) / errors
+    rises, scaled = 1 / errors - falls, gaps / errors
+    pairs = ((falls, falls), (falls, rises), (rises, rises), (falls, scaled), (rises, scaled))
+    firsts, floors, _ = _best_ends(*((a * b).sum(axis=1) for a, b in pairs))
+    return scaled - firsts[:, None] * falls - floors[:, None] * rises, firsts, floors
+
+
+def _falls(
+    form: Form, sizes: Float[np.ndarray, " sizes"], logs: Float[np.ndarray, "curves shape_parameters"]
+) -> Float[np.ndarray, "curves sizes"]:
+    # The part of the way from the first value to the floor that is left: 1 at the smallest size.
+    shapes = _shapes(form, sizes, np.exp(logs[:, 0]), np.exp(logs[:, -1]))
+    falls: Float[np.ndarray, "curves sizes"] = shapes / shapes[:, :1]
+    return falls
+
+
+def _best_ends(
+    uu: Float[np.ndarray, "*#many"],
+    uv: Float[np.ndarray, "*#many"],
+    vv: Float[np.ndarray, "*#many"],
+    u: Float[np.ndarray, "*#many"],
+    v: Float[np.ndarray, "*#many"],
+) -> tuple[Float[np.ndarray, "*many"], Float[np.ndarray, "*many"], Float[np.ndarray, "*many"]]:
+    # First value and floor in [0, 1] with the least uu first^2 + 2 uv first floor + vv floor^2 - 2 u first - 2 v floor,
+    # and that least value: chi2 but for a constant.
+    determinant = uu * vv - uv**2
+    with np.errstate(divide="ignore", invalid="ignore"):  # sizes that hardly differ, to the last digit
+        first, floor = (vv * u - uv * v) / determinant, (uu * v - uv * u) / determinant
+    inside = (first >= 0) & (first <= 1) & (floor >= 0) & (floor <= 1)
+    # A convex function: if its least value is outside of the square, the least one inside is on an edge.
+    zero, one = np.zeros_like(first), np.ones_like(first)
+    edges = [
+        (np.clip(u / uu, 0.0, 1.0) + zero, zero),
+        (np.clip((u - uv) / uu, 0.0, 1.0) + zero, one),
+        (zero, np.clip(v / vv, 0.0, 1.0) + zero),
+        (one, np.clip((v - uv) / vv, 0.0, 1.0) + zero),
+    ]
+    firsts, floors = (np.stack(ends) for ends in zip((first, floor), *edges, strict=True))
+    values = firsts * (uu * firsts + 2 * uv * floors - 2 * u) + floors * (vv * floors - 2 * v)
+    best = np.where(inside, 0, 1 + values[1:].argmin(axis=0))[None]
+    first, floor, least = (np.take_along_axis(each, best, axis=0)[0] for each in (firsts, floors, values))
+    return first, floor, least
+
+
+def _quantile(level: float) -> float:
+    return float(ndtri(0.5 + level / 2))
+
+
+def _check_part(name: str, part: float) -> None:
+    if not 0 < part < 1:
+        raise EvaluationError(f"{name} should be between 0 and 1, both excluded, is {part}")
+
+
+def _check_gaps(gaps: Float[np.ndarray, "*shape"]) -> None:
+    right = (gaps >= 0) & (gaps <= 1)
+    if not right.all():
+        raise EvaluationError(f"gaps should be in [0, 1], one is {gaps[~right][0]}")
+
+
+def _check_n(n: int) -> None:
+    if n < 1:
+        raise EvaluationError(f"n should be >= 1 examples, is {n}")
