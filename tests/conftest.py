@@ -1,12 +1,16 @@
 """What all tests share: no model hub, the shared datasets, and a reason where models are missing."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 # Before anything imports the libraries that read them: no test may use the network.
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+# A shell that starts the tests in the background lets them, and the commands they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
