@@ -613,3 +613,12 @@ def test_a_real_server_killed_in_the_middle_and_started_again(real: Real, messag
     assert sum(finished) == 40
     # Equal but for the noise of bfloat16: a number depends a little on what is computed beside it.
     np.testing.assert_allclose(disturbed.logprobs, undisturbed.logprobs, atol=0.01)
+
+
+def test_texts_that_cannot_be_scored_are_refused(fake: FakeVLLM) -> None:
+    backend = backend_of(fake)
+    with pytest.raises(BackendError, match="2 prompts were given with 1 continuations"):
+        backend.sequence_logprobs([[3], [4]], [[5]])
+    with pytest.raises(BackendError, match="a continuation is empty"):
+        backend.sequence_logprobs([[3]], [[]])
+    assert fake.bodies == []

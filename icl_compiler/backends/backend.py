@@ -151,3 +151,19 @@ def require_fit(prompts: Sequence[TokenIds], more: int, *, model: str, max_promp
         )
     if any(not len(prompt) for prompt in prompts):
         raise BackendError("a prompt is empty; a template must write something before the answer")
+
+
+def require_pairs(prompts: Sequence[TokenIds], continuations: Sequence[TokenIds]) -> None:
+    """Nothing, if each prompt has a continuation of one token or more.
+
+    Raises:
+        BackendError: if their numbers differ, or a continuation is empty.
+
+    >>> require_pairs([[5, 6]], [[7]])
+    """
+    if len(prompts) != len(continuations):
+        raise BackendError(
+            f"{len(prompts)} prompts were given with {len(continuations)} continuations; give one to each prompt"
+        )
+    if not all(len(continuation) for continuation in continuations):
+        raise BackendError("a continuation is empty; expected one token or more")

@@ -2,8 +2,8 @@
 
 What a model loses in bfloat16 is kept small where that is cheap:
 
-- The residual stream stays in float32; only the weights, and what is multiplied with them, are bfloat16. It halves
-  the distance to the same model in float32 (`python -m benchmarks agreement`).
+- The residual stream stays in float32; only the weights, and what is multiplied with them, are bfloat16. How far that
+  is from the same model in float32: `python -m benchmarks agreement`.
 - A logit near 20 is rounded to the nearest 0.125. The logits that matter (the likeliest tokens, and those that are
   asked for) are therefore computed again in float32 from the same hidden state.
 """

@@ -24,6 +24,7 @@ from icl_compiler.backends.backend import (
     SequenceScores,
     Usage,
     require_fit,
+    require_pairs,
 )
 from icl_compiler.backends.hf_model import FrozenModel
 from icl_compiler.errors import BackendError
@@ -106,10 +107,7 @@ class TransformersBackend:
             ContextLengthError: if a prompt with its continuation does not fit the model's context.
             BackendError: if a continuation is empty, or the model's numbers are not finite.
         """
-        if len(prompts) != len(continuations):
-            raise BackendError(f"{len(prompts)} prompts were given with {len(continuations)} continuations")
-        if not all(len(continuation) for continuation in continuations):
-            raise BackendError("a continuation is empty; expected one token or more")
+        require_pairs(prompts, continuations)
         for prompt, continuation in zip(prompts, continuations, strict=True):
             self._require_fit([prompt], len(continuation))
         whole = [np.array([*p, *c[:-1]], dtype=np.int64) for p, c in zip(prompts, continuations, strict=True)]

@@ -32,6 +32,7 @@ from icl_compiler.backends.backend import (
     SequenceScores,
     Usage,
     require_fit,
+    require_pairs,
 )
 from icl_compiler.backends.continuations import seed_of, until
 from icl_compiler.backends.label_walk import Answer, LabelWalk, Question, answer_from_top
@@ -181,10 +182,7 @@ class VLLMServerBackend:
             BackendError: as `label_logprobs`; and if a continuation is empty, or the server is too old to answer for
                 every token.
         """
-        if len(prompts) != len(continuations):
-            raise BackendError(f"{len(prompts)} prompts were given with {len(continuations)} continuations")
-        if not all(len(continuation) for continuation in continuations):
-            raise BackendError("a continuation is empty; expected one token or more")
+        require_pairs(prompts, continuations)
         for prompt, continuation in zip(prompts, continuations, strict=True):
             self._require_fit([prompt], len(continuation))
         run: Run[_Told] = Run(self._client, len(prompts))
