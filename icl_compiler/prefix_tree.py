@@ -177,6 +177,20 @@ class PrefixTree:
             self.paths,
         )
 
+    def padded(self) -> "PrefixTree":
+        """The tree with nodes that nobody sees behind it, so that its size is one of few: 16 between powers of two.
+
+        >>> [len(PrefixTree.build([range(size)]).padded().tokens) for size in (16, 31, 33, 500)]
+        [16, 31, 34, 512]
+        """
+        size = len(self.tokens)
+        step = max(1, 2 ** (size.bit_length() - 5))
+        more = -size % step
+        ancestors = np.eye(size + more, dtype=bool)
+        ancestors[:size, :size] = self.ancestors
+        tokens, positions = np.pad(self.tokens, (0, more)), np.pad(self.positions, (0, more))
+        return PrefixTree(tokens, positions, ancestors, self.ends, self.paths)
+
 
 def common_prefix(first: Int[np.ndarray, " a"], second: Int[np.ndarray, " b"]) -> int:
     """How many leading tokens two sequences share.

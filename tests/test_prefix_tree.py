@@ -97,6 +97,22 @@ def inner_path(tree, node):
     return [] if node < 0 else [*inner_path(tree, int(tree.parents[node])), node]
 
 
+@pytest.mark.parametrize("size", [1, 15, 33, 100, 481, 700])
+def test_nobody_sees_what_a_tree_is_padded_with(size):
+    tree = PrefixTree.build([list(range(size)), [*range(size // 2), -1]])
+    padded = tree.padded()
+    real, total = len(tree.tokens), len(padded.tokens)
+    assert real <= total <= real * 17 / 16
+    assert (padded.ancestors[:real, :real] == tree.ancestors).all()
+    assert not padded.ancestors[:real, real:].any() and not padded.ancestors[real:, :real].any()
+    assert padded.ancestors[real:, real:].any(axis=1).all()  # a softmax over nothing would not be finite
+
+
+def test_trees_of_many_sizes_have_few_sizes_when_padded():
+    sizes = {len(PrefixTree.build([range(size)]).padded().tokens) for size in range(256, 512)}
+    assert len(sizes) <= 17
+
+
 def test_no_sequences_no_nodes():
     tree = PrefixTree.build([])
     assert len(tree.tokens) == len(tree.ends) == 0

@@ -2,7 +2,8 @@
 
 - Prompts are sorted, so that those which share their first tokens stand together; a batch is one tree of
   tokens (`prefix_tree.py`) and one forward pass: shared prefixes are computed once, label words hang below
-  their prompt as branches, and there is no padding.
+  their prompt as branches. A tree is padded by a sixteenth at most: kernels are kept for every shape that was
+  ever computed, so that few shapes keep memory flat.
 - The keys and values of the first prompt of a batch stay in the cache; the next batch, or the next call, goes
   on from what it shares with them. Memory grows with the tokens of a batch, never with the number of queries.
 - A long unbranched beginning is computed apart, without a mask: attention kernels are faster where they know
@@ -183,7 +184,7 @@ class TransformersBackend:
             self._cache.tokens = first[:trunk]
             forwards, computed, start = 2, trunk - start, trunk
         tree = PrefixTree.build(sequences, start=start)
-        full = tree.with_words(words)
+        full = tree.with_words(words).padded()
         mask = torch.ones(1, 1, len(full.tokens), start + len(full.tokens), dtype=torch.bool)
         mask[0, 0, :, start:] = torch.from_numpy(full.ancestors)
         hidden = self._model.run(full.tokens, full.positions, mask, self._cache.kv)
@@ -205,8 +206,9 @@ class TransformersBackend:
         """Continue every sequence of a pass, all of them one token a step."""
         ends = passed.tree.ends
         states = self._model.pick(passed.hidden, ends)
-        visible = torch.ones(len(streams), passed.start + passed.added, dtype=torch.bool)
-        visible[:, passed.start :] = torch.from_numpy(passed.tree.ancestors[ends])
+        visible = torch.zeros(len(streams), passed.start + passed.added, dtype=torch.bool)
+        visible[:, : passed.start] = True
+        visible[:, passed.start :][:, : len(passed.tree.tokens)] = torch.from_numpy(passed.tree.ancestors[ends])
         positions = passed.tree.positions[ends] + 1
         found: list[tuple[list[int], list[float]]] = [([], []) for _ in streams]
         active = list(range(len(streams)))
