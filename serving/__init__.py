@@ -1,0 +1,1 @@
+"""The endpoint: programs behind an OpenAI-compatible API, in front of vLLM."""
