@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from icl_compiler.backends.backend import Backend
 from icl_compiler.backends.hf_transformers import TransformersBackend
 from icl_compiler.backends.label_walk import LabelWalk
-from icl_compiler.backends.vllm_server import VLLMServerBackend, group_questions
+from icl_compiler.backends.vllm_protocol import group_questions
+from icl_compiler.backends.vllm_server import VLLMServerBackend
 from icl_compiler.cli import main
 from icl_compiler.compile import compile_program
 from icl_compiler.data import Dataset

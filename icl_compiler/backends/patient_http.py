@@ -16,14 +16,14 @@ from contextlib import suppress
 from ipaddress import ip_address
 from queue import SimpleQueue
 from threading import Event, Thread
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import httpx2
 
+from icl_compiler.backends.vllm_protocol import Json, RefusedError
 from icl_compiler.errors import BackendError
 
 T = TypeVar("T")
-Json = dict[str, Any]
 
 _BUSY = frozenset({429, 502, 503, 504})
 _BROKEN = 500  # a defect, or an engine that is about to end
@@ -33,10 +33,6 @@ _CONNECT_S = 10.0
 # Shorter than the 5 seconds after which vLLM closes an idle connection: no request meets a closing door.
 _KEEP_ALIVE_S = 2.0
 _MOST_SAID = 500
-
-
-class RefusedError(BackendError):
-    """The server understood the request, and will not answer it."""
 
 
 class PatientClient:
