@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Bool, Int32, Int64
 
 from icl_compiler.data import Dataset, normalise_text
 from icl_compiler.errors import BudgetError
@@ -94,6 +94,8 @@ class Program:
     template: EncodedTemplate
     pool: Pool
     retriever: Retriever
+    without_itself: bool = True
+    """Whether a row of the pool with the query's own text is left out: always where a program is measured."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -134,7 +136,7 @@ class Program:
                     ids,
                     hits.scores[i],
                     shot_tokens=self._shot_tokens,
-                    is_query=matches([self._normalised[row] for row in ids], normalise_text(text)),
+                    is_query=self._is_itself(ids, text),
                     room=room,
                     shots=self.settings.shots,
                     order=self.settings.order,
@@ -175,9 +177,10 @@ class Program:
     def _shot_tokens(self) -> Int64[np.ndarray, " rows"]:
         return np.diff(self.pool.offsets)
 
-    @cached_property
-    def _normalised(self) -> list[str]:
-        return [normalise_text(text) for text in self.pool.data.texts]
+    def _is_itself(self, rows: Int64[np.ndarray, " rows"], text: str) -> Bool[np.ndarray, " rows"]:
+        if not self.without_itself:
+            return np.zeros(len(rows), dtype=bool)
+        return matches([normalise_text(self.pool.data.texts[row]) for row in rows], normalise_text(text))
 
     @cached_property
     def _longest_answer(self) -> int:

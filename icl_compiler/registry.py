@@ -38,7 +38,9 @@ COMMANDS: Mapping[str, str] = {
     "evaluate": "evaluation.cli:evaluate",
     "messages": "icl_compiler.cli:messages",
     "models": "icl_compiler.cli:models",
+    "serve": "serving.cli:serve",
     "vllm": "icl_compiler.vllm_cli:vllm",
+    "keys": "serving.keys_cli:keys",
     "doctor": "icl_compiler.cli:doctor",
 }
 

@@ -111,10 +111,10 @@ class ServerProcess:
     def __init__(self, model: str, *, host: str = "127.0.0.1", port: int = 8000, flags: Sequence[str] = ()) -> None:
         require_vllm()
         _require_private(host, flags)
-        _require_free(host, port)
+        require_free(host, port)
         self.model = model
         secure = any(_name(flag) == "ssl-certfile" for flag in flags)
-        self.url = f"{'https' if secure else 'http'}://{_reachable(host)}:{port}"
+        self.url = f"{'https' if secure else 'http'}://{reachable(host)}:{port}"
         cpu = _is_built_for_cpu()
         command = serve_command(model, locate(model, kind="language model"), host=host, port=port, flags=flags, cpu=cpu)
         environment = dict(os.environ)
@@ -236,7 +236,12 @@ def _require_private(host: str, flags: Sequence[str]) -> None:
         )
 
 
-def _require_free(host: str, port: int) -> None:
+def require_free(host: str, port: int) -> None:
+    """Nothing, if a server can listen there.
+
+    Raises:
+        BackendError: if not.
+    """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -251,7 +256,14 @@ def _require_free(host: str, port: int) -> None:
             raise BackendError(problem) from error
 
 
-def _reachable(host: str) -> str:
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port on which nothing listens now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def reachable(host: str) -> str:
     """The address by which this machine reaches a server that listens on `host`."""
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1" if host == "0.0.0.0" else "::1"

@@ -2,13 +2,13 @@
 
 - Results are row numbers and scores, higher is better, best first; the scores are shown to the user, so each
   retriever says what they mean.
-- A retriever is given its `Resources`: a seed and an encoder. The encoder loads its model on first use.
+- A retriever of the table is made with its `Resources`: a seed and an encoder, which loads its model on first use.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int64
@@ -41,10 +41,9 @@ class Resources:
 class Retriever(Protocol):
     """Finds rows of a fixed set of texts."""
 
-    score_meaning: ClassVar[str]
-    """What a score is, in a few words: `cosine similarity`."""
-
-    def __init__(self, resources: Resources) -> None: ...
+    @property
+    def score_meaning(self) -> str:
+        """What a score is, in a few words: `cosine similarity`."""
 
     def fit(self, texts: Sequence[str]) -> None:
         """Index `texts`; row `i` of the results is `texts[i]`."""

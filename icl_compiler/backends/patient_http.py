@@ -25,9 +25,9 @@ from icl_compiler.errors import BackendError
 
 T = TypeVar("T")
 
-_BUSY = frozenset({429, 502, 503, 504})
-_BROKEN = 500  # a defect, or an engine that is about to end
-_MOST_BROKEN = 4
+BUSY = frozenset({429, 502, 503, 504})
+BROKEN = 500  # a defect, or an engine that is about to end
+MOST_BROKEN = 4
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
 _CONNECT_S = 10.0
 # Shorter than the 5 seconds after which vLLM closes an idle connection: no request meets a closing door.
@@ -69,7 +69,7 @@ class PatientClient:
                     limits=httpx2.Limits(
                         max_connections=in_flight, max_keepalive_connections=in_flight, keepalive_expiry=_KEEP_ALIVE_S
                     ),
-                    trust_env=not _is_this_machine(url.host),  # no proxy between two programs on one machine
+                    trust_env=not is_this_machine(url.host),  # no proxy between two programs on one machine
                 )
                 return
         raise BackendError(f"{server!r} is no URL of a server; expected one like http://127.0.0.1:8000")
@@ -84,33 +84,40 @@ class PatientClient:
         try:
             response = self._client.get(path)
         except httpx2.RequestError as error:
-            raise BackendError(f"no server answers at {self.server} ({_said_by(error)}); {self.remedy}") from error
+            raise BackendError(f"no server answers at {self.server} ({said_by(error)}); {self.remedy}") from error
         if not response.is_success:
-            raise self.refusal(response)
-        return self.read(response)
+            raise refusal(response)
+        return read_json(response)
 
     def post(self, path: str, body: Json) -> httpx2.Response:
         """One attempt."""
         return self._client.post(path, json=body)
 
-    def refusal(self, response: httpx2.Response) -> RefusedError:
-        """The error that says what the server said."""
-        code = response.status_code
-        if code in (401, 403):
-            return RefusedError(f"the server at {self.server} wants another key ({code}): set VLLM_API_KEY to its key")
-        return RefusedError(f"{response.url} answered {code}: {_said_in(response)}")
 
-    def read(self, response: httpx2.Response) -> Json:
-        """The JSON object of an answer."""
-        try:
-            found = response.json()
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise BackendError(
-                f"{response.url} answered {response.text[:_MOST_SAID]!r}, expected a JSON object; is it a vLLM server?"
-            )
-        return found
+def refusal(response: httpx2.Response) -> RefusedError:
+    """The error that says what the server said."""
+    code = response.status_code
+    if code in (401, 403):
+        where = f"{response.url.scheme}://{response.url.netloc.decode()}"
+        return RefusedError(f"the server at {where} wants another key ({code}): set VLLM_API_KEY to its key")
+    return RefusedError(f"{response.url} answered {code}: {said_in(response)}")
+
+
+def read_json(response: httpx2.Response) -> Json:
+    """The JSON object of an answer.
+
+    Raises:
+        BackendError: if it is none.
+    """
+    try:
+        found = response.json()
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise BackendError(
+            f"{response.url} answered {response.text[:_MOST_SAID]!r}, expected a JSON object; is it a vLLM server?"
+        )
+    return found
 
 
 class Run(Generic[T]):
@@ -141,15 +148,15 @@ class Run(Generic[T]):
             try:
                 response = self._client.post(path, body)
             except httpx2.RequestError as error:
-                problem = _said_by(error)
+                problem = said_by(error)
             else:
                 if response.is_success:
                     self._heard = time.monotonic()
-                    return self._client.read(response)
-                problem = f"{response.status_code}: {_said_in(response)}"
-                broken += response.status_code == _BROKEN
-                if response.status_code not in {*_BUSY, _BROKEN} or broken == _MOST_BROKEN:
-                    raise self._client.refusal(response)
+                    return read_json(response)
+                problem = f"{response.status_code}: {said_in(response)}"
+                broken += response.status_code == BROKEN
+                if response.status_code not in {*BUSY, BROKEN} or broken == MOST_BROKEN:
+                    raise refusal(response)
                 named = response.headers.get("Retry-After", "")
                 least = float(named) if named.isdecimal() else 0.0
             left = self._heard + self._client.patience - time.monotonic()
@@ -209,18 +216,20 @@ def _work(waiting: "SimpleQueue[Callable[[], T] | None]", done: "SimpleQueue[T |
             done.put(_Failure(error))
 
 
-def _is_this_machine(host: str) -> bool:
+def is_this_machine(host: str) -> bool:
+    """Whether no other machine can be meant by `host`."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def _said_by(error: Exception) -> str:
+def said_by(error: Exception) -> str:
+    """An error in a few words."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def _said_in(response: httpx2.Response) -> str:
+def said_in(response: httpx2.Response) -> str:
     """The message of an error of an OpenAI-compatible server, which stands elsewhere in each version."""
     with suppress(ValueError, KeyError, TypeError, AttributeError):
         body = response.json()
