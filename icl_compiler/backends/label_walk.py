@@ -8,10 +8,13 @@ over its path, so that it is exact wherever the answers are.
 - At most `ids_per_question` tokens can be asked for at once; a node with more children is asked several times.
 - An engine that answers for its k likeliest tokens only gives bounds: a token that is not among them is at most as
   probable as the least of them, and at most as probable as all that is left.
+- Who wants the likeliest labels only need not ask everything (`LabelWalk.open`): a label word is at most as probable
+  as its beginning, so that no label below an improbable beginning can win.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +23,8 @@ from jaxtyping import Float, Int
 from icl_compiler.prefix_tree import WordTree
 from icl_compiler.tokenizer import TokenIds
 
+_SPREAD = float(np.log(8))
+"""How much less probable than the best beginning, in nats, another one may be to be asked about with it."""
 _ROUNDING = 1e-6
 """By how much probabilities in single precision may miss a sum of one."""
 
@@ -66,19 +71,60 @@ class LabelWalk:
                 questions.append(Question(suffixes[node], tuple(words.edge_tokens[part].tolist()), part))
         return cls(words, tuple(questions))
 
-    def scores(self, answers: Iterable[Answer]) -> tuple[Float[np.ndarray, " labels"], Float[np.ndarray, " labels"]]:
-        """Lower and upper log-probability of every label word, from the answers to all questions, in their order.
+    def open(self, answers: Mapping[int, Answer], count: int) -> list[int]:
+        """The questions to ask next, by number, so that the `count` likeliest labels are known; none when they are.
+
+        Best-first search with the probability of a label word's beginning as its bound. The questions below the most
+        probable beginnings are asked at once, and no others: few rounds, few questions. In the end `scores` is exact
+        for the `count` likeliest labels (as far as the answers are), and no other label can be likelier.
+
+        >>> walk = LabelWalk.build([[5, 1], [6, 1], [7, 8, 1]], ids_per_question=128)
+        >>> walk.open({}, 1)
+        [0]
+        >>> begin = np.log([0.75, 0.05, 0.0625])
+        >>> walk.open({0: Answer(begin, begin)}, 1)
+        [1]
+        >>> end = np.log([0.5])
+        >>> walk.open({0: Answer(begin, begin), 1: Answer(end, end)}, 1)
+        []
+        """
+        lower, upper = self.scores(answers)
+        threshold = np.sort(lower)[-min(count, len(lower))]
+        bounds: dict[int, float] = {}
+        for word in np.flatnonzero(upper > np.maximum(lower, threshold)):
+            for question in self._path[word]:
+                if question not in answers:
+                    bounds[question] = max(bounds.get(question, -np.inf), float(upper[word]))
+                    break
+        if not bounds:
+            return []
+        least = max(bounds.values()) - _SPREAD
+        return sorted(question for question, bound in bounds.items() if bound >= least)
+
+    @cached_property
+    def _path(self) -> list[list[int]]:
+        """The questions about each word's edges, from its beginning."""
+        asks = {int(edge): number for number, question in enumerate(self.questions) for edge in question.edges}
+        return [[asks[int(edge)] for edge in edges] for edges in self.words.word_edges]
+
+    def scores(
+        self, answers: Mapping[int, Answer]
+    ) -> tuple[Float[np.ndarray, " labels"], Float[np.ndarray, " labels"]]:
+        """Lower and upper log-probability of every label word, from the answers to questions, by their number.
+
+        What was not asked is between 0 and 1, so that a label of which only the beginning was asked has bounds.
 
         >>> walk = LabelWalk.build([[5, 1], [6, 1]], ids_per_question=128)
         >>> half, sure = np.log([0.5, 0.25]), np.zeros(1)
-        >>> lower, upper = walk.scores([Answer(half, half), Answer(sure, sure), Answer(sure, sure)])
+        >>> lower, upper = walk.scores({0: Answer(half, half), 1: Answer(sure, sure)})
         >>> np.exp(lower), np.exp(upper)
-        (array([0.5 , 0.25]), array([0.5 , 0.25]))
+        (array([0.5, 0. ]), array([0.5 , 0.25]))
         """
-        edges = np.full((2, len(self.words.edge_tokens)), np.nan)
-        for question, answer in zip(self.questions, answers, strict=True):
-            edges[0, question.edges] = answer.lower
-            edges[1, question.edges] = answer.upper
+        edges = np.zeros((2, len(self.words.edge_tokens)))
+        edges[0] = -np.inf
+        for number, answer in answers.items():
+            edges[0, self.questions[number].edges] = answer.lower
+            edges[1, self.questions[number].edges] = answer.upper
         sums = np.array([edges[:, path].sum(axis=1) for path in self.words.word_edges])
         return sums[:, 0], sums[:, 1]
 

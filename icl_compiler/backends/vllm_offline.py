@@ -101,7 +101,7 @@ class VLLMOfflineBackend:
         lower, upper = np.empty((2, len(distinct), len(label_words)))
         usage = Usage(sum(len(key) for key in keys), 0, 0)
         for row, (answers, cost) in enumerate(self._answers(distinct, [walk] * len(distinct))):
-            lower[row], upper[row] = walk.scores(answers)
+            lower[row], upper[row] = walk.scores(dict(enumerate(answers)))
             usage = usage.plus(cost)
             if progress is not None:
                 progress(counts[distinct[row]])

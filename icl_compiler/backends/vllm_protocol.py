@@ -45,12 +45,13 @@ class RefusedError(BackendError):
 
 
 def group_questions(
-    questions: Sequence[Question], *, most_ids: int = 16, most_prompts: int = 32
+    questions: Sequence[Question], *, most_ids: int = 16, most_prompts: int = 32, first: bool = True
 ) -> list[tuple[int, ...]]:
     """Which questions about one prompt go into one request, by their number.
 
-    The prompts of a request share one list of ids. The first question stands alone, and so does each that asks for
-    more than `most_ids`; the others are put together as long as they ask for `most_ids` different tokens at most.
+    The prompts of a request share one list of ids. A question that asks for more than `most_ids` stands alone; the
+    others are put together as long as they ask for `most_ids` different tokens at most. If they are the `first` ones
+    about the prompt, the very first stands alone too.
 
     >>> walk = LabelWalk.build([[5, 7, 1], [6, 8, 1], [9, 1]], ids_per_question=128)
     >>> [question.ids for question in walk.questions]
@@ -60,7 +61,7 @@ def group_questions(
     >>> group_questions(walk.questions, most_ids=1)
     [(0,), (2, 4, 5), (1,), (3,)]
     """
-    alone = [n for n, question in enumerate(questions) if n == 0 or len(question.ids) > most_ids]
+    alone = [n for n, question in enumerate(questions) if (first and n == 0) or len(question.ids) > most_ids]
     often = Counter(question.ids for question in questions)
     rest = sorted(set(range(len(questions))) - set(alone), key=lambda n: (-often[questions[n].ids], questions[n].ids))
     groups: list[tuple[list[int], set[int]]] = []
@@ -106,7 +107,17 @@ class Ability(NamedTuple):
 
     def groups(self, walk: LabelWalk) -> list[tuple[int, ...]]:
         """Which questions go into one request: the first one alone, before all others."""
-        return group_questions(walk.questions) if self.exact else group_questions(walk.questions, most_ids=1 << 30)
+        return group_questions(walk.questions, most_ids=self._most_ids)
+
+    def groups_of(self, walk: LabelWalk, numbers: Sequence[int]) -> list[tuple[int, ...]]:
+        """Which of some later questions, given by number, go into one request."""
+        questions = [walk.questions[n] for n in numbers]
+        found = group_questions(questions, most_ids=self._most_ids, first=False)
+        return [tuple(numbers[place] for place in group) for group in found]
+
+    @property
+    def _most_ids(self) -> int:
+        return 16 if self.exact else 1 << 30
 
     def ask(self, model: str, prompt: list[int], walk: LabelWalk, group: tuple[int, ...]) -> Json:
         """The request for the questions of a group about one prompt."""

@@ -121,7 +121,7 @@ class VLLMServerBackend:
         queries = (_Query(_from_key(key), walk, groups) for key in distinct)
         lower, upper = np.empty((2, len(distinct), len(label_words)))
         for row, answers, cost in self._answers(queries, ability, run):
-            lower[row], upper[row] = walk.scores(answers)
+            lower[row], upper[row] = walk.scores(dict(enumerate(answers)))
             usage = usage.plus(cost)
             count = counts[distinct[row]]
             run.finished += count
