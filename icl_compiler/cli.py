@@ -84,6 +84,11 @@ def main() -> None:
 @template_option
 @click.option("--examples", type=WholeNumber(min=1), show_default="all", help="Rows of DATA to use, label-balanced.")
 @click.option("--test", metavar="DATA", help="Test data: rows with a text that stands there too are left out.")
+@click.option(
+    "--from-feedback",
+    metavar="[NAME=]FILE",
+    help="Put in the corrections that `icl serve` keeps in FILE for the program NAME (default: the output's name).",
+)
 @text_column_option
 @label_column_option
 @target_column_option
@@ -100,6 +105,7 @@ def compile_command(
     budget: int,
     examples: int | None,
     test: str | None,
+    from_feedback: str | None,
     text_column: str | None,
     label_column: str | None,
     target_column: str | None,
@@ -124,6 +130,9 @@ def compile_command(
     require_replaceable(output, kind="program")
     dataset = load_dataset(data, text_column=text_column, label_column=label_column, target_column=target_column)
     warnings = list(dataset.warnings)
+    corrections = 0
+    if from_feedback is not None:
+        dataset, corrections = _with_feedback(dataset, from_feedback, output)
     if test is not None:
         dataset, dropped = _without_test(dataset, test, text_column)
         warnings += dropped
@@ -152,6 +161,7 @@ def compile_command(
         "task": program.task,
         "rows": len(program.pool.data),
         "labels": len(program.labels),
+        "corrections": corrections,
         "model": model,
         "retriever": retriever,
         "shots": shots,
@@ -163,10 +173,21 @@ def compile_command(
         print_json(summary)
         return
     kind = f"{summary['labels']} labels" if program.labels else "text to text"
+    corrected = f" ({_counted(corrections, 'correction')} put in)" if from_feedback else ""
     click.echo(
-        f"{output}: {_counted(summary['rows'], 'row')}, {kind}; {retriever} retrieval of up to {shots} shots "
-        f"(about {summary['tokens_per_shot']:.0f} tokens each) into {budget:,} tokens for {model}"
+        f"{output}: {_counted(summary['rows'], 'row')}{corrected}, {kind}; {retriever} retrieval of up to {shots} "
+        f"shots (about {summary['tokens_per_shot']:.0f} tokens each) into {budget:,} tokens for {model}"
     )
+
+
+def _with_feedback(dataset: "Dataset", given: str, output: Path) -> "tuple[Dataset, int]":
+    """The rows with the corrections of a program put in, and how many those are."""
+    from icl_compiler.corrections import amended
+    from icl_compiler.feedback import read_corrections
+
+    name, equals, file = given.rpartition("=")
+    found = read_corrections(Path(file), name if equals else output.resolve().name)
+    return amended(dataset, [(correction.text, correction.label) for correction in found]), len(found)
 
 
 def _without_test(dataset: "Dataset", test: str, text_column: str | None) -> "tuple[Dataset, list[str]]":

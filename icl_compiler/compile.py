@@ -117,12 +117,13 @@ def new_retriever(name: str, *, encoder: str, seed: int, trusted: bool = True) -
     lacking = [part for part in ("score_meaning", "fit", "search", "save", "load") if not hasattr(found, part)]
     if lacking:
         raise RegistryError(f"{name!r} is no retriever, it has no {', '.join(lacking)}; see retrievers/retriever.py")
-    made: Retriever = found(Resources(seed=seed, encoder=_encoder(encoder)))
+    made: Retriever = found(Resources(seed=seed, encoder=named_encoder(encoder)))
     return made
 
 
 @cache
-def _encoder(name: str) -> SentenceEncoder:
+def named_encoder(name: str) -> SentenceEncoder:
+    """The encoder `name`, one for all retrievers of this process; its model is loaded on first use."""
     return SentenceEncoder(lambda: locate(name, kind="encoder"))
 
 

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from icl_compiler.compile import new_retriever
-from icl_compiler.data import normalise_text
+from icl_compiler.data import Dataset, normalise_text
 from icl_compiler.errors import LabelError
 from icl_compiler.program import Pool, Program, encode_pool
 from icl_compiler.registry import did_you_mean
@@ -39,6 +39,25 @@ class Flag(NamedTuple):
     label: str
     similarity: float
     """Of the two texts, by characters, in [0, 1]."""
+
+
+def amended(data: Dataset, corrections: Iterable[tuple[str, str]]) -> Dataset:
+    """`data` with these texts and right answers; of one text, the last counts.
+
+    >>> data = Dataset(("hi", "bye"), ("part", "part"), "classification", "example")
+    >>> amended(data, [("Hi", "greet"), ("hello", "greet")]).answers
+    ('greet', 'part', 'greet')
+    """
+    right = {normalise_text(text): (text, answer) for text, answer in corrections}
+    keys = [normalise_text(text) for text in data.texts]
+    answers = [right[key][1] if key in right else old for key, old in zip(keys, data.answers, strict=True)]
+    known = set(keys)
+    new = [pair for key, pair in right.items() if key not in known]
+    return replace(
+        data,
+        texts=(*data.texts, *(text for text, _ in new)),
+        answers=(*answers, *(answer for _, answer in new)),
+    )
 
 
 class Corrector:

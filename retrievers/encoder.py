@@ -32,6 +32,8 @@ class SentenceEncoder:
 
     def __init__(self, locate: Callable[[], str], *, cache: Path | None = None) -> None:
         self._locate = locate
+        self.remembered = _REMEMBERED
+        """Most vectors kept in memory; beyond that those of the latest call are."""
         self._folder = cache
         self._known: dict[str, Float32[np.ndarray, " width"]] = {}
 
@@ -40,7 +42,7 @@ class SentenceEncoder:
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if new:
             vectors = self._vectors(new)
-            if len(self._known) + len(new) > _REMEMBERED:
+            if len(self._known) + len(new) > self.remembered:
                 self._known = {text: self._known[text] for text in texts if text in self._known}
             self._known.update(vectors)
         if not len(texts):

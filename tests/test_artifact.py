@@ -19,7 +19,7 @@ from icl_compiler.data import Dataset
 from icl_compiler.errors import ArtifactError, RegistryError, TemplateError
 from icl_compiler.registry import RETRIEVERS
 
-REAL_ENCODER = compiling._encoder
+REAL_ENCODER = compiling.namednamed_encoder
 QUERIES = ["where is my lost card", "the parcel is late", *NASTY]
 POOL = Dataset(
     (*customers().texts, *NASTY),
@@ -33,7 +33,7 @@ PROGRAMS = {f"{name}-{template}": (name, template) for name in RETRIEVERS for te
 @pytest.fixture(autouse=True, scope="module")
 def encoder_without_a_model():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiling, "_encoder", lambda name: HashedWords())
+        patch.setattr(compiling, "named_encoder", lambda name: HashedWords())
         yield
 
 
@@ -63,7 +63,7 @@ import json, sys
 from pathlib import Path
 from hashed_words import HashedWords
 from icl_compiler import compile as compiling
-compiling._encoder = lambda name: HashedWords()
+compiling.named_encoder = lambda name: HashedWords()
 from icl_compiler.artifact import load_program, save_program
 from test_artifact import PROGRAMS, program, prompts
 
@@ -113,7 +113,7 @@ save_program(again, Path(sys.argv[2], "program"))
 
 @pytest.mark.models
 def test_real_models_in_a_new_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiling, "_encoder", REAL_ENCODER)
+    monkeypatch.setattr(compiling, "named_encoder", REAL_ENCODER)
     here, there = tmp_path / "here", tmp_path / "there"
     compiled = compile_program(customers(), template="classify_chat", shots=4, budget=400)
     save_program(compiled, here / "program")

@@ -25,7 +25,7 @@ from icl_compiler.tokenizer import ByteTokenizer, HFTokenizer
 
 @pytest.fixture
 def encoder_without_a_model(monkeypatch):
-    monkeypatch.setattr(compiling, "_encoder", lambda name: HashedWords())
+    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
 
 
 def compiled(data=None, **settings):

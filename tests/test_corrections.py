@@ -24,7 +24,7 @@ QUERIES = ["the card is late", "my parcel", "refund please", "  THE card is   lo
 
 @pytest.fixture(autouse=True)
 def words_for_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "_encoder", lambda name: HashedWords())
+    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
 
 
 def compiled(data: Dataset, retriever: str = "dense") -> Program:
