@@ -347,10 +347,15 @@ class Shadow:
         self._thread = threading.Thread(target=self._work, name="shadow", daemon=True)
         self._thread.start()
 
-    def offer(self, text: str, probabilities: Float[np.ndarray, " labels"]) -> None:
-        """Maybe sample this query, whose served law is `probabilities`; never waits for the reference."""
+    def draw(self) -> bool:
+        """Whether the next query is in the sample; its whole law is to be `offer`ed then."""
         with self._changed:
-            if self._closed or self._rng.random() >= self._rate:
+            return self._rng.random() < self._rate
+
+    def offer(self, text: str, probabilities: Float[np.ndarray, " labels"]) -> None:
+        """Score this query of the sample, whose served law is `probabilities`; never waits for the reference."""
+        with self._changed:
+            if self._closed:
                 return
             if len(self._waiting) == self._capacity:
                 self.dropped += 1

@@ -8,6 +8,7 @@ A query goes through three stages, and each answer says how long they took:
 """
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing
@@ -68,6 +69,7 @@ class Labelled(NamedTuple):
 
     Attributes:
         probabilities: of the labels of the edition; lower bounds where `upper` is given.
+        sampled: whether the query is in the sample that a reference is asked too.
     """
 
     probabilities: Float[np.ndarray, " labels"]
@@ -75,6 +77,7 @@ class Labelled(NamedTuple):
     prompt: Prompt
     scores: Scores
     timing: Timing
+    sampled: bool
 
     @property
     def best(self) -> int:
@@ -112,7 +115,7 @@ class _Watch(NamedTuple):
         likeliest = np.zeros_like(answer.probabilities)
         likeliest[answer.best] = answer.probabilities[answer.best]
         self.monitor.observe(max(scores) if scores else None, likeliest)
-        if self.shadow is not None and answer.upper is None:
+        if self.shadow is not None and answer.sampled and answer.upper is None:
             self.shadow.offer(text, answer.probabilities)
 
     def close(self) -> None:
@@ -221,14 +224,18 @@ class Endpoint:
 
     async def _label(self, edition: Edition, text: str, top: int | None) -> Labelled:
         started = time.perf_counter()
+        shadow = self._watches[edition.name].shadow
+        sampled = shadow is not None and shadow.draw()
         prompt = await self._preparer.prompt(edition.program, text)
         prepared = time.perf_counter()
         async with self.line.turn(prompt.tokens):
             turned = time.perf_counter()
-            scores = await edition.engine.label_logprobs(list(prompt.tokens), edition.walk, edition.groups, top=top)
+            scores = await edition.engine.label_logprobs(
+                list(prompt.tokens), edition.walk, edition.groups, top=None if sampled else top
+            )
         timing = Timing(prepared - started, turned - prepared, time.perf_counter() - turned)
         upper = None if scores.upper is None else np.minimum(np.exp(scores.upper), 1.0)
-        return Labelled(np.exp(scores.lower), upper, prompt, scores, timing)
+        return Labelled(np.exp(scores.lower), upper, prompt, scores, timing, sampled)
 
     async def explain(self, edition: Edition, text: str) -> Explanation:
         """The prompt for a text, taken apart; no engine is asked.
@@ -265,7 +272,8 @@ class Endpoint:
             ends = {"stop": list(dict.fromkeys(stops)), "stop_token_ids": end if len(end) == 1 else []}
             async with self.line.turn(prompt.tokens):
                 events = edition.engine.generate(list(prompt.tokens), {**settings, **ends, "max_tokens": most})
-                async with aclosing(_pieces(events, edition.engine.upstream.url)) as pieces:
+                url = edition.engine.upstream.url
+                async with aclosing(_pieces(events, url, answers=settings.get("n", 1))) as pieces:
                     async for piece in pieces:
                         yield piece
 
@@ -274,11 +282,13 @@ class Endpoint:
 
         Raises:
             LabelError, TemplateError: if `answer` cannot be an answer of the program.
+            BudgetError: if `text` is too long for any prompt.
             ServingError: if the disk does not take it.
         """
         live = self.program(name)
         edition = live.edition
         require_label(edition.program, answer)
+        await self._preparer.prompt(edition.program, text)  # before it is kept for good
         flags = await asyncio.to_thread(edition.corrector.flags, edition.program, text, answer)
         correction = await asyncio.to_thread(self.store.add, name, text, answer, by=by, version=edition.version)
         edition = await live.refresh()
@@ -339,13 +349,12 @@ class Endpoint:
         self._watches[name].observe(edition, text, answer)
 
     def generated(self, edition: Edition, usage: Json) -> None:
-        """Count a generated text by what vLLM says that it cost."""
-        details = usage.get("prompt_tokens_details") or {}
+        """Count a generated text by what it cost."""
         self._metrics.tokens(
             edition.name,
-            prompt=int(usage.get("prompt_tokens") or 0),
-            cached=int(details.get("cached_tokens") or 0),
-            completion=int(usage.get("completion_tokens") or 0),
+            prompt=usage["prompt_tokens"],
+            cached=usage["prompt_tokens_details"]["cached_tokens"],
+            completion=usage["completion_tokens"],
         )
         self._metrics.answer(edition.name, None)
 
@@ -411,19 +420,16 @@ class Endpoint:
         return found[0]
 
 
-async def _pieces(events: AsyncGenerator[Json, None], url: str) -> AsyncGenerator[Piece, None]:
+async def _pieces(events: AsyncGenerator[Json, None], url: str, *, answers: int) -> AsyncGenerator[Piece, None]:
     """What vLLM's events say, without the blanks before the text and after it."""
     begun: set[int] = set()
     held: dict[int, str] = {}
     async with aclosing(events):
         async for event in events:
             with sense(url):
-                usage = event.get("usage")
-                parts: list[tuple[int, str, str | None, Json | None]] = [
-                    (int(c["index"]), str(c["text"]), c.get("finish_reason"), c.get("logprobs"))
-                    for c in event["choices"]
-                ]
-            for index, said, finish, logprobs in parts:
+                parts = [_part(choice, answers) for choice in event["choices"]]
+                usage = None if event.get("usage") is None else _cost(event["usage"])
+            for index, said, finish, logprobs, _ in parts:
                 text = held.pop(index, "") + said
                 if index not in begun:
                     text = text.lstrip()
@@ -436,6 +442,43 @@ async def _pieces(events: AsyncGenerator[Json, None], url: str) -> AsyncGenerato
                     yield Piece(index, kept, finish, logprobs, None)
             if usage is not None and not parts:
                 yield Piece(0, "", None, None, usage)
+
+
+def _part(choice: Json, answers: int) -> Piece:
+    """What an event says about one of the `answers`; within `sense`."""
+    index, text, finish = choice["index"], choice["text"], choice.get("finish_reason")
+    if type(index) is not int or index not in range(answers):
+        raise ValueError(f"a text numbered {index!r} of {answers}")
+    if not isinstance(text, str) or not isinstance(finish, str | None):
+        raise TypeError(f"a text of type {type(text).__name__}, with an end of type {type(finish).__name__}")
+    text.encode()
+    return Piece(index, text, finish, _logprobs(choice.get("logprobs")), None)
+
+
+def _logprobs(told: Json | None) -> Json | None:
+    """Tokens with their log-probabilities and those of their alternatives; within `sense`."""
+    if told is None:
+        return None
+    tokens, values = [str(token) for token in told["tokens"]], told["token_logprobs"]
+    tops = told.get("top_logprobs") or [None] * len(tokens)
+    offsets = [int(offset) for offset in told.get("text_offset") or []]
+    if not len(tokens) == len(values) == len(tops):
+        raise ValueError(f"{len(tokens)} tokens with {len(values)} log-probabilities and {len(tops)} lists of others")
+    for value in [*values, *(value for top in tops for value in (top or {}).values())]:
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"a log-probability of {value!r}")
+    return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+
+def _cost(usage: Json) -> Json:
+    """What a text cost, in OpenAI's words; within `sense`."""
+    details = usage.get("prompt_tokens_details") or {}
+    counts = usage["prompt_tokens"], usage["completion_tokens"], details.get("cached_tokens") or 0
+    if any(type(count) is not int or count not in range(2**32) for count in counts):
+        raise ValueError(f"a cost of {counts}")
+    prompt, completion, cached = counts
+    spent = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {**spent, "prompt_tokens_details": {"cached_tokens": cached}}
 
 
 def usage_of(answers: Sequence[Labelled], edition: Edition) -> dict[str, Any]:

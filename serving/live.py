@@ -18,12 +18,15 @@ from typing import Any
 from icl_compiler.artifact import load_program
 from icl_compiler.backends.label_walk import LabelWalk
 from icl_compiler.backends.vllm_protocol import label_walk
+from icl_compiler.compile import named_encoder
 from icl_compiler.corrections import Corrector, require_label
 from icl_compiler.errors import ContextLengthError, LabelError, ServingError, TemplateError
 from icl_compiler.feedback import FeedbackStore
 from icl_compiler.program import Program
 from serving.upstream import Engine
 from serving.versions import Versions, version_of
+
+_REMEMBERED = 5000  # texts whose vectors are kept
 
 FindEngine = Callable[[str], Awaitable[Engine]]
 """Gives the engine of a base model."""
@@ -186,6 +189,8 @@ async def _edition(
             f" takes {found.max_prompt_tokens:,}; start that with a larger --max-model-len, or compile with a smaller "
             "--budget"
         )
+    # A server runs for months; the pool, and what comes now, is all that it needs to remember.
+    named_encoder(program.settings.encoder).remembered = max(_REMEMBERED, 2 * len(program.pool.data))
     edition = Edition(name, version, program, Corrector(program), found, note=note)
     edition = await asyncio.to_thread(_corrected, edition, store)
     if program.task == "classification":

@@ -4,12 +4,14 @@
   and the alternatives to it are the other labels.
 """
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 import numpy as np
 from fastapi.responses import StreamingResponse
+from starlette.types import Message, Send
 
 from icl_compiler.backends.vllm_protocol import Json
 from icl_compiler.feedback import Correction
@@ -145,21 +147,35 @@ def total(costs: list[Json]) -> Json:
     return {**total, "prompt_tokens_details": {"cached_tokens": cached}}
 
 
-def stream(chunks: list[Json] | AsyncGenerator[Json, None]) -> StreamingResponse:
-    """Server-sent events: each chunk as it comes, then the end."""
+class EventStream(StreamingResponse):
+    """Server-sent events: each chunk as it comes, then the end.
 
-    async def lines() -> AsyncIterator[str]:
-        if isinstance(chunks, list):
-            for chunk in chunks:
-                yield _event(chunk)
-        else:
-            async with aclosing(chunks) as growing:
-                async for chunk in growing:
-                    yield _event(chunk)
+    However it ends, the chunks are closed, and with them what they asked of the engine: also where a client that is
+    there still reads nothing for `stalled_s`.
+    """
+
+    def __init__(self, chunks: AsyncGenerator[Json, None], *, stalled_s: float) -> None:
+        self._chunks = chunks
+        self._stalled_s = stalled_s
+        super().__init__(self._lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    async def stream_response(self, send: Send) -> None:
+        """Send all."""
+
+        async def sending(message: Message) -> None:
+            async with asyncio.timeout(self._stalled_s):
+                await send(message)
+
+        async with aclosing(self._chunks):
+            await super().stream_response(sending)
+
+    async def _lines(self) -> AsyncIterator[str]:
+        async for chunk in self._chunks:
+            yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
         yield "data: [DONE]\n\n"
 
-    return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
-
-def _event(chunk: Json) -> str:
-    return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+async def each(chunks: list[Json]) -> AsyncGenerator[Json, None]:
+    """The chunks of an answer that is there already."""
+    for chunk in chunks:
+        yield chunk

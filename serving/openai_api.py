@@ -17,16 +17,21 @@ _MOST_CHOICES = 16
 _MOST_ALTERNATIVES = 20
 
 
-def _whole(text: str) -> str:
+def _readable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError("holds half a character (a lone surrogate), so it is no text") from error
-    if not text.strip():
+    return text
+
+
+def _whole(text: str) -> str:
+    if not _readable(text).strip():
         raise ValueError("is empty")
     return text
 
 
+Readable = Annotated[str, AfterValidator(_readable)]
 Text = Annotated[str, AfterValidator(_whole)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 
@@ -99,14 +104,14 @@ class _Sampling(_Request):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: Readable | Annotated[list[Readable], Field(max_length=4)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 
     @property
     def stops(self) -> list[str]:
         """The texts at which an answer ends, as a list."""
-        return [self.stop] if isinstance(self.stop, str) else [text for text in self.stop or [] if text]
+        return [text for text in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if text]
 
 
 class ContentPart(BaseModel):

@@ -6,6 +6,7 @@
 import logging
 import math
 import time
+from collections.abc import Sequence
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -19,7 +20,6 @@ from icl_compiler.errors import (
     ArtifactError,
     BackendError,
     BudgetError,
-    ContextLengthError,
     ICLError,
     LabelError,
     ModelError,
@@ -63,7 +63,7 @@ def as_error(error: Exception) -> tuple[int, Json, dict[str, str]]:
         status, code, wait = 503, "engine_unreachable", 5
     elif isinstance(error, BackendError):
         status, code = 502, "engine_failed"
-    elif isinstance(error, BudgetError | ContextLengthError):
+    elif isinstance(error, BudgetError):
         status, code = 400, "context_length_exceeded"
     elif isinstance(error, LabelError | TemplateError):
         status, param = 400, "label"
@@ -94,9 +94,11 @@ def add_errors(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body") or None
-        said = f"{where}: {first['msg']}" if where else str(first["msg"])
+        first = max(error.errors(), key=lambda found: len(found["loc"]))  # of alternatives, the one that came farthest
+        where, said = _place(first["loc"][1:]), str(first["msg"])
+        if first["type"] == "json_invalid":
+            where, said = None, f"{said}: {first['ctx']['error']}"
+        said = f"{where}: {said}" if where else said
         return JSONResponse(error_body(said[:_MOST_SAID], kind="invalid_request_error", param=where), 400)
 
     @app.exception_handler(HTTPException)
@@ -108,6 +110,11 @@ def add_errors(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(GoneError)
     async def gone(_: Request, error: GoneError) -> Response:
         return Response(status_code=CLIENT_GONE)
+
+
+def _place(parts: Sequence[str | int]) -> str | None:
+    """Such as `messages.0.content`; pydantic names the alternatives of a type too, `str` or `list[...]`."""
+    return ".".join(str(part) for part in parts if part != "str" and "[" not in str(part)) or None
 
 
 class Outermost:

@@ -258,6 +258,9 @@ class Engine:
             reply = await self.upstream.ask(self.ability.ask(self.served, prompt, walk, group))
             with sense(self.upstream.url):
                 told = self.ability.told(reply, prompt, walk, group)
+                most = sum(len(prompt) + len(walk.questions[n].suffix) for n in group)
+                if told.computed not in range(most + 1):
+                    raise ValueError(f"{told.computed} tokens were computed, expected up to {most}")
             answers.update(told.answers)
             computed += told.computed
             return told.computed

@@ -66,14 +66,12 @@ def requirements(text):
 
 def parse_icl(arguments):
     """Read the arguments of `icl` as it does, without running it: the values of the last command's options."""
-    command, context = resolve("command", COMMANDS, "serve") if arguments[0] == "serve" else None, None
     name, *rest = arguments
     command = resolve("command", COMMANDS, name)
     while isinstance(command, click.Group):
         name, *rest = rest
         command = command.commands[name]
-    context = command.make_context(name, list(rest))
-    return context.params
+    return command.make_context(name, rest).params
 
 
 def icl_commands():
@@ -83,6 +81,11 @@ def icl_commands():
     return [command[1:] for command in commands if command[0] == "icl"] + [
         command[command.index("icl-serve") + 1 :] for command in commands if command[:2] == ["docker", "run"]
     ]
+
+
+def settings_in_readme():
+    """The files of settings: for Compose, for systemd."""
+    return re.findall(r"^```ini\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
 def test_image_holds_all_that_the_package_is_made_of():
@@ -130,8 +133,8 @@ def test_health_check_of_the_image_asks_readyz(status, code):
     [check] = of("HEALTHCHECK")
     program, *arguments = json.loads(check[check.index("[") :])
     assert program == "python"
-    assert (port := of("EXPOSE")[0]) in arguments[1]
-    script = arguments[1].replace(port, str(server.server_port))
+    assert of("EXPOSE")[0] in arguments[1]
+    script = arguments[1].replace(of("EXPOSE")[0], str(server.server_port))
     # A proxy for requests to elsewhere must not be asked.
     done = subprocess.run([sys.executable, "-c", script], env={"http_proxy": "http://127.0.0.1:9"}, capture_output=True)
     assert done.returncode == code
@@ -224,7 +227,7 @@ def test_unit_is_hardened(tmp_path):
 
 def test_unit_starts_icl_with_its_settings():
     [start] = re.findall(r"^ExecStart=/opt/icl/bin/icl (.*)$", UNIT, re.MULTILINE)
-    [settings] = re.findall(r"echo '(.*?)' \| sudo tee", README, re.DOTALL)
+    settings = settings_in_readme()[1]
     for name, value in (line.split("=", 1) for line in settings.splitlines()):
         start, filled = re.subn(rf"\${name}\b|\${{{name}}}", value, start)
         assert filled == 1, name
@@ -258,9 +261,8 @@ def test_readme_names_what_there_is():
     assert [name for name in named if not (DEPLOY / name).is_file()] == []
     variables = set(re.findall(r"\$\{(\w+)", (DEPLOY / "compose.yaml").read_text(encoding="utf-8")))
     assert {name for name in variables if not re.search(rf"\b{name}\b", README)} == set()
-    [example] = re.findall(r"^```ini\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     required = re.findall(r"\$\{(\w+):\?", (DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
-    assert [line.partition("=")[0] for line in example.splitlines()] == sorted(required)
+    assert {line.partition("=")[0] for line in settings_in_readme()[0].splitlines()} == set(required)
 
 
 def test_versions_in_the_readme_are_those_that_are_tested():

@@ -300,7 +300,8 @@ def test_the_sample_is_that_of_the_seed(rate, seed):
     reference = Reference()
     shadow = Shadow(LABELS, reference, rate=rate, seed=seed, capacity=1000)
     for i in range(400):
-        shadow.offer(str(i), SURE)
+        if shadow.draw():
+            shadow.offer(str(i), SURE)
     eventually(lambda: shadow.gap.interval().samples == len(drawn))
     shadow.close()
     assert reference.asked == [str(i) for i in drawn]

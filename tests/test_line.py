@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -155,7 +156,7 @@ def test_what_shares_its_beginning_goes_together(clock: SimpleNamespace) -> None
     mixed = np.random.default_rng(0).permutation(PROMPTS * 2).tolist()
     order = served_in_order(Line(in_flight=1, waiting=100), [tuple(p) for p in mixed], clock, each_s=0.01)
     groups = [mixed[n][0] for n in order]
-    changes = sum(before != after for before, after in zip(groups, groups[1:], strict=False))
+    changes = sum(before != after for before, after in pairwise(groups))
     assert changes == 2
     assert sorted(order) == list(range(24))
     same = [n for n in order if mixed[n][0] == groups[0]]
