@@ -75,11 +75,17 @@ def serve(programs: tuple[str, ...], upstreams: tuple[str, ...], model: str | No
     if bool(upstreams) == bool(model):
         raise click.UsageError("Give either --upstream URL, where vLLM runs, or --model MODEL, to start it here.")
     named = _named(programs)
-    if model:
-        with _started(model) as url:
-            _run(named, (url,), **options)
-    else:
-        _run(named, upstreams, **options)
+    # uvicorn ends by the signal that it was sent, once all requests are answered; vLLM has to be ended first.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        if model:
+            with _started(model) as url:
+                _run(named, (url,), **options)
+        else:
+            _run(named, upstreams, **options)
+    except KeyboardInterrupt:
+        say("stopped")
 
 
 def _named(programs: tuple[str, ...]) -> dict[str, Path]:

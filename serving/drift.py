@@ -196,7 +196,7 @@ class DriftMonitor:
                 f"{len(probabilities)} probabilities with sum {total} for a program of {self._labels} labels; expected "
                 "one each, none negative, with a sum of at most 1"
             )
-        entropy = float(entr(probabilities / max(1.0, total)).sum()) + float(entr(max(0.0, 1 - total)))
+        entropy = float(entr(probabilities).sum()) + float(entr(max(0.0, 1 - total)))
         with self._lock:
             place = self._queries % self._window
             self._queries += 1

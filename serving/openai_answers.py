@@ -6,6 +6,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
@@ -18,6 +19,8 @@ from icl_compiler.feedback import Correction
 from serving.endpoint import Labelled
 from serving.live import Edition
 from serving.openai_api import ChatRequest, CompletionRequest
+
+log = logging.getLogger("icl.serve")
 
 CHAT_CHUNK = "chat.completion.chunk"
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity; vLLM writes the same
@@ -92,6 +95,11 @@ def wants_usage(body: ChatRequest | CompletionRequest) -> bool:
     return body.stream_options is not None and body.stream_options.include_usage
 
 
+def unpriced(body: ChatRequest | CompletionRequest) -> Json:
+    """What all other chunks of such a stream say of its cost."""
+    return {"usage": None} if wants_usage(body) else {}
+
+
 def chat_chunks(head: Json, body: ChatRequest, label: str, logprobs: Json | None, usage: Json) -> list[Json]:
     """A label as the parts of a streamed chat answer."""
     deltas: list[tuple[Json, Json | None, str | None]] = [
@@ -99,8 +107,15 @@ def chat_chunks(head: Json, body: ChatRequest, label: str, logprobs: Json | None
         ({"content": label}, logprobs, None),
         ({}, None, "stop"),
     ]
-    chunks = [chat_chunk(head, 0, *part) for part in deltas]
+    chunks = [chat_chunk(head | unpriced(body), 0, *part) for part in deltas]
     return [*chunks, {**head, "object": CHAT_CHUNK, "choices": [], "usage": usage}] if wants_usage(body) else chunks
+
+
+def completion_chunks(whole: Json, body: CompletionRequest) -> list[Json]:
+    """Labels as the parts of a streamed completion."""
+    head = {name: value for name, value in whole.items() if name != "usage"}
+    chunks = [{**head, **unpriced(body)}]
+    return [*chunks, {**whole, "choices": []}] if wants_usage(body) else chunks
 
 
 def chat_chunk(head: Json, index: int, delta: Json, logprobs: Json | None, finish: str | None) -> Json:
@@ -166,8 +181,11 @@ class EventStream(StreamingResponse):
             async with asyncio.timeout(self._stalled_s):
                 await send(message)
 
-        async with aclosing(self._chunks):
-            await super().stream_response(sending)
+        try:
+            async with aclosing(self._chunks):
+                await super().stream_response(sending)
+        except TimeoutError:
+            log.warning("a stream was ended: its client has read nothing for %g s", self._stalled_s)
 
     async def _lines(self) -> AsyncIterator[str]:
         async for chunk in self._chunks:

@@ -171,6 +171,21 @@ class CompletionRequest(_Sampling):
     suffix: str | None = None
 
 
+class ErrorDetail(BaseModel):
+    """What went wrong: in words, of which kind, with which part of the request, and in a word for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """An error as OpenAI writes it."""
+
+    error: ErrorDetail
+
+
 def error_body(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """An error as OpenAI writes it."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

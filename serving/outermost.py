@@ -94,8 +94,9 @@ def add_errors(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = max(error.errors(), key=lambda found: len(found["loc"]))  # of alternatives, the one that came farthest
-        where, said = _place(first["loc"][1:]), str(first["msg"])
+        # Of the alternatives of a type, the one that came farthest.
+        first = max(error.errors(), key=lambda found: (len(found["loc"]), not found["type"].endswith("_type")))
+        where, said = _place(first["loc"][1:]), str(first["msg"]).removeprefix("Value error, ")
         if first["type"] == "json_invalid":
             where, said = None, f"{said}: {first['ctx']['error']}"
         said = f"{where}: {said}" if where else said

@@ -25,24 +25,28 @@ from serving.live import Edition
 from serving.metrics import Metrics
 from serving.openai_answers import (
     CHAT_CHUNK,
+    EventStream,
     as_chat,
     card,
     chat_chunk,
     chat_chunks,
     chat_logprobs,
     choice,
+    completion_chunks,
+    each,
     joined,
     law,
     shown,
-    stream,
     text_logprobs,
     total,
+    unpriced,
     wants_usage,
 )
 from serving.openai_api import (
     ChatRequest,
     ClassifyRequest,
     CompletionRequest,
+    ErrorAnswer,
     ExplainRequest,
     FeedbackRequest,
     RequestError,
@@ -75,13 +79,17 @@ def create_app(endpoint: Endpoint, *, gate: Gate, metrics: Metrics, log_text: bo
         description="Programs (compiled prompts for a frozen language model) behind an OpenAI-compatible API.",
         version=version("icl-compiler"),
         lifespan=lifespan,
-        responses={code: {"description": what} for code, what in _ERRORS.items()},
+        responses={code: {"description": what, "model": ErrorAnswer} for code, what in _ERRORS.items()},
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
     )
     app.add_middleware(Outermost, body_bytes=endpoint.limits.body_bytes, gate=gate, metrics=metrics)
     add_errors(app, metrics)
     may_query, may_correct, may_change = (Depends(_require(gate, metrics, right)) for right in _RIGHTS)
+
+    def stream(chunks: AsyncGenerator[Json, None]) -> EventStream:
+        return EventStream(chunks, stalled_s=endpoint.limits.deadline_s)
 
     def edition_of(name: str, request: Request) -> Edition:
         edition = endpoint.program(name).edition
@@ -152,7 +160,7 @@ def create_app(endpoint: Endpoint, *, gate: Gate, metrics: Metrics, log_text: bo
         logprobs = chat_logprobs(edition, answer, body.top_logprobs or 0) if body.logprobs else None
         usage = usage_of([answer], edition)
         if body.stream:
-            return stream(chat_chunks(head, body, label, logprobs, usage))
+            return stream(each(chat_chunks(head, body, label, logprobs, usage)))
         message = {"role": "assistant", "content": label, "refusal": None}
         answer_choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": "stop"}
         return {**head, "object": "chat.completion", "choices": [answer_choice], "usage": usage}
@@ -180,7 +188,7 @@ def create_app(endpoint: Endpoint, *, gate: Gate, metrics: Metrics, log_text: bo
             for index, answer in enumerate(answers)
         ]
         whole = {**head, "object": "text_completion", "choices": choices, "usage": usage_of(answers, edition)}
-        return stream([{**whole, "usage": whole["usage"] if wants_usage(body) else None}]) if body.stream else whole
+        return stream(each(completion_chunks(whole, body))) if body.stream else whole
 
     @app.post("/v1/feedback", dependencies=[may_correct], status_code=201)
     async def feedback(body: FeedbackRequest, request: Request) -> Json:
@@ -233,6 +241,14 @@ def create_app(endpoint: Endpoint, *, gate: Gate, metrics: Metrics, log_text: bo
         """Serve an older version: the one named, or the one before."""
         live = await endpoint.rollback(name, to=body.version if body else None, by=request.state.key.name)
         return await live.description()
+
+    @app.get("/openapi.json", include_in_schema=False, dependencies=[may_query])
+    async def description() -> Json:
+        described = app.openapi()
+        for operations in described["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)  # FastAPI's, which is 400 here
+        return described
 
     @app.get("/healthz", include_in_schema=False)
     async def healthz() -> Json:
@@ -330,12 +346,15 @@ async def _generated(
     chat: bool,
 ) -> Json | Response:
     """Texts as they are generated, or all of them at their end."""
+    if len(texts) > endpoint.line.places:
+        raise RequestError(f"{len(texts)} prompts are too many for one request; send at most {endpoint.line.places}")
     if body.stream:
         if len(texts) > 1:
             raise RequestError("one prompt at a time can be streamed", param="prompt")
         pieces = endpoint.generate(edition, texts[0], settings)
         first = await _while_wanted(request, endpoint.limits.deadline_s, _next(pieces))
-        return stream(_grown(endpoint, edition, first, pieces, head, body, chat=chat))
+        chunks = _grown(endpoint, edition, first, pieces, head, body, chat=chat)
+        return EventStream(chunks, stalled_s=endpoint.limits.deadline_s)
     wanted = [_whole(endpoint, edition, text, settings, body.n) for text in texts]
     found = await _while_wanted(request, endpoint.limits.deadline_s, _gather(wanted))
     choices = [
@@ -377,7 +396,8 @@ async def _whole(
             finish[piece.choice] = piece.finish or finish[piece.choice]
             if piece.logprobs:
                 logprobs[piece.choice].append(piece.logprobs)
-    endpoint.generated(edition, usage)
+    if usage:
+        endpoint.generated(edition, usage)
     answers = [("".join(said[i]), finish[i], joined(logprobs[i]) if "logprobs" in settings else None) for i in range(n)]
     return answers, usage
 
@@ -395,26 +415,31 @@ async def _grown(
     """The chunks of a text that is being generated; an error in its middle is the last of them."""
     begun: set[int] = set()
     usage: Json | None = None
+    head = head | unpriced(body)
+
+    def chunk(piece: Piece) -> Json:
+        if not chat:
+            grown = choice(piece.choice, piece.text, piece.finish, piece.logprobs, chat=False)
+            return {**head, "object": "text_completion", "choices": [grown]}
+        delta: Json = {"content": piece.text}
+        if piece.choice not in begun:
+            begun.add(piece.choice)
+            delta = {"role": "assistant", **delta}
+        return chat_chunk(head, piece.choice, delta, as_chat(piece.logprobs), piece.finish)
+
+    piece = first
     try:
-        while first is not None:
-            piece, first = first, await anext(pieces, None)
-            if piece.usage is not None:
+        while piece is not None:
+            if piece.usage is None:
+                yield chunk(piece)
+            else:
                 usage = piece.usage
-                continue
-            if not chat:
-                grown = choice(piece.choice, piece.text, piece.finish, piece.logprobs, chat=False)
-                yield {**head, "object": "text_completion", "choices": [grown]}
-                continue
-            delta: Json = {"content": piece.text}
-            if piece.choice not in begun:
-                begun.add(piece.choice)
-                delta = {"role": "assistant", **delta}
-            yield chat_chunk(head, piece.choice, delta, as_chat(piece.logprobs), piece.finish)
+            piece = await _next(pieces)
         if usage is not None:
             endpoint.generated(edition, usage)
             if wants_usage(body):
                 kind = CHAT_CHUNK if chat else "text_completion"
-                yield {**head, "object": kind, "choices": [], "usage": total([usage])}
+                yield {**head, "object": kind, "choices": [], "usage": usage}
     except ICLError as error:
         status, body_of_error, _ = as_error(error)
         log.warning("a stream of %s ended with %d: %s", edition.name, status, error)

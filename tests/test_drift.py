@@ -83,6 +83,16 @@ def test_which_retrievers_say_how_near_a_row_is(retriever):
     assert unlike[1] > (distance.tolerated if retriever == "dpp" else 0.75)
 
 
+def test_a_score_that_random_letters_reach_says_nothing():
+    rng = np.random.default_rng(0)
+    texts = tuple(" ".join(f"word{i}" for i in rng.integers(200, size=8)) for _ in range(300))
+    distances = [
+        Baseline.of(echo_program(Dataset(texts, ("yes", "no") * 150, "classification", "words"), retriever=name)).distance
+        for name in ("bm25", "coverage")
+    ]
+    assert [distance is None for distance in distances] == [False, True]
+
+
 def test_one_seed_gives_one_baseline():
     program = echo_program(pool_of(topics=60))  # more rows than are looked at
     assert Baseline.of(program).distance == Baseline.of(program).distance
@@ -167,6 +177,23 @@ def test_other_answers_alarm_by_the_end_of_the_next_full_window(kind, before, af
             monitor.observe(0.7, law if draw[0] < no else law[::-1])
         alarms.append(monitor.state().alarms)
     assert alarms == [(), (kind,), ()]
+
+
+@pytest.mark.parametrize(
+    ("yes", "law", "alarms"),
+    [
+        (0.58, [0.7, 0.2], ()),
+        (0.65, [0.7, 0.2], ("labels",)),
+        (0.5, [0.675, 0.225], ()),  # 0.04 of the largest entropy more
+        (0.5, [0.65, 0.25], ("entropy",)),  # 0.07
+    ],
+)
+def test_small_changes_are_tolerated_however_sure(yes, law, alarms):
+    monitor = DriftMonitor(LABELS, EVEN, window=5000)
+    for share, answer in ((0.5, [0.7, 0.2]), (yes, law)):
+        for query in range(5000):
+            monitor.observe(0.7, np.array(answer[::-1] if query < 5000 * share else answer))
+    assert monitor.state().alarms == alarms
 
 
 def test_an_alarm_of_unlike_stays_for_a_window():

@@ -1,7 +1,7 @@
 """The page of the endpoint, used in the machine's Chromium as a person would use it.
 
-`base_url` is any server that keeps the endpoint's contract; what the page shows is compared with what that server said.
-Answers that no healthy server gives (hostile labels, errors) are put in the place of its own by `put`.
+`base_url` is a server that keeps the endpoint's contract with invented answers. Answers that no healthy server gives
+(hostile labels, errors) are put in the place of its own by `put`. The last test is with the endpoint itself.
 """
 
 import json
@@ -187,9 +187,9 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture
-def page(chromium, base_url):
-    """The page, opened; whatever a test does, it must load nothing from elsewhere and break no rule of its policy."""
+@contextmanager
+def opened(chromium, base_url):
+    """The page, opened; whatever is done there, it must load nothing from elsewhere and break no rule of its policy."""
     context = chromium.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
     problems = []
@@ -204,6 +204,12 @@ def page(chromium, base_url):
     # Chromium reports every answer that is an error; the tests that want one look at what the page makes of it.
     assert [said for said in problems if not said.startswith("Failed to load resource")] == []
     assert title == "icl: ask a program"
+
+
+@pytest.fixture
+def page(chromium, base_url):
+    with opened(chromium, base_url) as page:
+        yield page
 
 
 def put(page, path, body, status=200, headers=None):
@@ -506,3 +512,37 @@ def test_colours_can_be_read(scheme, text, ground):
 
 def test_page_is_light():
     assert sum(file.stat().st_size for file in PAGE.iterdir()) < 40_000
+
+
+def test_page_works_on_the_endpoint(chromium, tmp_path):
+    from serving_toys import fake_vllm, listening, program_folder, translations
+
+    folders = {"customers": program_folder(tmp_path / "a"), "words": program_folder(tmp_path / "b", translations())}
+    with (
+        fake_vllm() as vllm,
+        listening(folders, vllm.url, tmp_path / "state") as (url, _),
+        opened(chromium, f"{url}/") as page,
+    ):
+        assert "default-src 'self'" in page.request.get(url).headers["content-security-policy"]
+        classify, explain = (said.json() for said in ask(page, "my parcel is late, very late", "customers"))
+        best = classify["data"][0]
+        assert page.locator(".said .label").inner_text() == best["label"]
+        assert page.locator("pre").text_content() == explain["prompt"]
+        assert facts(page)["computed"] == str(classify["usage"]["computed_tokens"])
+        right = next(each["label"] for each in best["labels"] if each["label"] != best["label"])
+        page.get_by_label("Right label").fill(right)
+        page.get_by_role("button", name="Send correction").click()
+        expect(page.locator(".corrections")).to_contain_text(f"Correction 1 is kept: “{right}”.")
+        # Whoever asks again about a corrected text gets the correction, as the best shot: the last.
+        expect(page.locator(".shots .text bdi").last).to_have_text("my parcel is late, very late")
+        expect(page.locator(".shots .label").last).to_have_text(right)
+        page.get_by_role("button", name="Undo").click()
+        expect(page.locator(".corrections")).to_contain_text("Correction 1 is undone.")
+        expect(page.locator(".shots .text bdi").last).not_to_have_text("my parcel is late, very late")
+        page.get_by_label("Program").select_option("words")
+        with page.expect_response("**/v1/completions") as answer:
+            page.get_by_role("button", name="Ask").click()
+        expect(page.get_by_role("status")).to_contain_text("“")
+        events = [json.loads(line[6:]) for line in answer.value.text().splitlines() if line.startswith("data: {")]
+        text = "".join(choice["text"] for event in events for choice in event["choices"])
+        assert page.locator(".generated").text_content() == text != ""

@@ -124,6 +124,40 @@ def test_corrections_and_the_next_version(tmp_path: Path) -> None:
             assert again["pool_rows"] == 13
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_engine_that_was_started_ends_with_it(tmp_path: Path, number: signal.Signals) -> None:
+    folder, ended = program_folder(tmp_path / "one"), tmp_path / "ended"
+    with fake_vllm() as engine:
+        code = f"""
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from icl_compiler import cli, vllm_launch
+
+@contextmanager
+def running(model, **_):
+    try:
+        yield {engine.url!r}
+    finally:
+        Path({str(ended)!r}).touch()
+
+vllm_launch.running_server = running
+sys.argv = ["icl", "serve", {str(folder)!r}, "--model", "echo", "--state", {str(tmp_path / "state")!r},
+            "--port", "{free_port()}"]
+cli.main()
+"""
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("ready: ")
+        assert not ended.exists()
+        process.send_signal(number)
+        _, said = process.communicate(timeout=30)
+    assert ended.exists()
+    assert process.returncode == 0 and "Traceback" not in said
+
+
 WRONG = {
     "no engine": ([], "either --upstream URL, where vLLM runs, or --model MODEL"),
     "two engines": (["--upstream", "http://127.0.0.1:9", "--model", "echo"], "either --upstream"),
