@@ -4,12 +4,13 @@
 
 vLLM and `icl serve` run as users start them, on loopback; texts of mr, 4 shots of 1,200 examples (seed 0).
 
-- speed: the same texts at 1, 8 and 32 at once, through `icl serve` (POST /v1/classify, a text each) and as the same
-  questions sent to vLLM by a client that has the prompts ready; in turns, vLLM's prefix cache emptied before each.
-  `overhead` is what a request took beside retrieval, queue and model, as its answer tells them.
+- speed: the same texts, each once, at 1, 8 and 32 at once, through `icl serve` (POST /v1/classify, a text each) and as
+  the same questions sent to vLLM by a client that has the prompts ready; in turns, vLLM's prefix cache emptied before
+  each. `overhead` is what a request took beside retrieval, queue and model, as its answer tells them.
 - load: texts come at 4 times the rate that was measured for 32 at once, for 2 minutes, whether or not earlier ones
   were answered. Every answer is compared with that of the same text asked alone.
-- memory: 20,000 requests without shots, 32 at once; the resident memory of `icl serve` every 1,000.
+- memory: 20,000 requests, 32 at once, 10,000 different texts, dense retrieval, in front of a server that answers as
+  vLLM does, from a table (`tests/fake_vllm.py`); the resident memory of `icl serve` every 1,000.
 
 Rows are appended to `benchmarks/rows/endpoint.jsonl`; what stands there for this commit is not measured again.
 """
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from evaluation.evaluate import commit, machine
 from icl_compiler.artifact import load_program, save_program
 from icl_compiler.backends.vllm_protocol import label_walk
 from icl_compiler.compile import compile_program
-from icl_compiler.data import load_dataset
+from icl_compiler.data import Dataset, load_dataset
 from icl_compiler.vllm_launch import free_port, running_server
 from serving.upstream import Engine, Upstream
 
@@ -45,10 +46,10 @@ ROWS = Path(__file__).parent / "rows" / "endpoint.jsonl"
 MODEL, SHOTS, EXAMPLES, SEED = "smollm2-135m", 4, 1200, 0
 RETRIEVERS = ("bm25", "dense")
 AT_ONCE = (1, 8, 32)
-TEXTS = {1: 30, 8: 80, 32: 96}
+TEXTS = {1: 24, 8: 48, 32: 64}
 ROUNDS = 3
 LOAD_S, TIMES = 120.0, 4.0
-REQUESTS, EVERY = 20_000, 1_000
+REQUESTS, EVERY, DISTINCT = 20_000, 1_000, 10_000
 Row = dict[str, Any]
 
 
@@ -76,16 +77,18 @@ def resident_mib(pid: int) -> float:
     return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024
 
 
-async def at_once(texts: list[str], count: int, ask: Callable[[int], Awaitable[Any]]) -> tuple[float, list[float]]:
+async def at_once(
+    numbers: Iterable[int], count: int, ask: Callable[[int], Awaitable[Any]]
+) -> tuple[float, list[float]]:
     """Ask for all, `count` at a time: the seconds it took, and those of each."""
-    waits = [0.0] * len(texts)
-    numbers = iter(range(len(texts)))
+    waits = []
+    coming = iter(numbers)
 
     async def client() -> None:
-        for number in numbers:
+        for number in coming:
             started = time.perf_counter()
             await ask(number)
-            waits[number] = time.perf_counter() - started
+            waits.append(time.perf_counter() - started)
 
     started = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(count)))
@@ -106,14 +109,14 @@ async def speed(retriever: str, folder: Path, texts: list[str], vllm: str, url: 
     walk = label_walk(program.label_words)
     groups = engine.ability.groups(walk)
     rows = []
+    unasked = iter(range(len(texts)))
     async with httpx2.AsyncClient(base_url=url, timeout=120, limits=httpx2.Limits(max_connections=64)) as client:
         for count in AT_ONCE:
-            some = texts[: TEXTS[count]]
             told: list[Row] = []
 
-            async def through(number: int, some: list[str] = some, told: list[Row] = told) -> None:
+            async def through(number: int, told: list[Row] = told) -> None:
                 started = time.perf_counter()
-                reply = await client.post("/v1/classify", json={"model": retriever, "input": some[number]})
+                reply = await client.post("/v1/classify", json={"model": retriever, "input": texts[number]})
                 timing = reply.raise_for_status().json()["timing"]
                 inside = timing["retrieve_s"] + timing["queue_s"] + timing["model_s"]
                 told.append({**timing, "beside_s": time.perf_counter() - started - inside})
@@ -123,16 +126,17 @@ async def speed(retriever: str, folder: Path, texts: list[str], vllm: str, url: 
 
             times: dict[str, list[tuple[float, list[float]]]] = {"icl serve": [], "direct": []}
             for turn in range(ROUNDS):
+                new = [next(unasked) for _ in range(TEXTS[count])]
                 contenders = [("icl serve", through), ("direct", directly)]
                 for name, ask in contenders if turn % 2 else contenders[::-1]:
                     (await client.post(f"{vllm}/reset_prefix_cache")).raise_for_status()
-                    times[name].append(await at_once(some, count, ask))
+                    times[name].append(await at_once(new, count, ask))
             for name, rounds in times.items():
                 waits = np.concatenate([waits for _, waits in rounds])
                 row: Row = {
                     "part": "speed", "contender": name, "retriever": retriever, "at_once": count,
-                    "texts": len(some), "rounds": ROUNDS,
-                    "texts_per_second": len(some) / float(np.median([seconds for seconds, _ in rounds])),
+                    "texts": TEXTS[count], "rounds": ROUNDS,
+                    "texts_per_second": TEXTS[count] / float(np.median([seconds for seconds, _ in rounds])),
                     "p50_ms": 1000 * float(np.median(waits)), "p99_ms": 1000 * float(np.quantile(waits, 0.99)),
                 }  # fmt: skip
                 if name == "icl serve":
@@ -200,15 +204,48 @@ async def memory(texts: list[str], url: str, pid: int) -> Row:
     async with httpx2.AsyncClient(base_url=url, timeout=120, limits=httpx2.Limits(max_connections=64)) as client:
 
         async def ask(number: int) -> None:
-            body = {"model": "bare", "input": some[number]}
+            body = {"model": "memory", "input": some[number]}
             (await client.post("/v1/classify", json=body)).raise_for_status()
 
         for start in range(0, REQUESTS, EVERY):
             some = [texts[(start + i) % len(texts)] for i in range(EVERY)]
-            await at_once(some, 32, ask)
+            await at_once(range(EVERY), 32, ask)
             held[start + EVERY] = round(resident_mib(pid), 1)
             print(f"  {start + EVERY:,} requests: {held[start + EVERY]:,} MiB", flush=True)
     return facts() | {"part": "memory", "requests": REQUESTS, "distinct_texts": len(texts), "resident_mib": held}
+
+
+def measure_with_vllm(parts: list[str], train: Dataset, drawn: list[str]) -> None:
+    """Keep the rows of speed and load."""
+    done = {(row["part"], row.get("retriever")) for row in measured()}
+    with tempfile.TemporaryDirectory() as folder, running_server(MODEL, port=free_port()) as vllm:
+        programs = []
+        for retriever in RETRIEVERS:
+            made = compile_program(train, model=MODEL, retriever=retriever, shots=SHOTS, examples=EXAMPLES, seed=SEED)
+            save_program(made, Path(folder) / retriever)
+            programs.append(str(Path(folder) / retriever))
+        with endpoint(programs, vllm) as (url, _):
+            for retriever in RETRIEVERS:
+                if "speed" in parts and ("speed", retriever) not in done:
+                    for row in asyncio.run(speed(retriever, Path(folder) / retriever, drawn, vllm, url)):
+                        keep(row)
+        fast = [r for r in measured() if r["part"] == "speed" and r["at_once"] == 32 and r["retriever"] == "bm25"]
+        if "load" in parts and ("load", "bm25") not in done and fast:
+            rate = TIMES * next(row["texts_per_second"] for row in fast if row["contender"] == "icl serve")
+            with endpoint(programs, vllm, "--in-flight", "16", "--waiting", "48") as (url, pid):
+                keep(asyncio.run(load(drawn[:200], url, pid, rate)))
+
+
+def measure_memory(train: Dataset, texts: list[str]) -> None:
+    """Keep the row of the memory."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from serving_toys import fake_vllm
+
+    made = compile_program(train, model="echo", shots=SHOTS, examples=EXAMPLES, seed=SEED, budget=3000)
+    with tempfile.TemporaryDirectory() as folder, fake_vllm() as engine:
+        save_program(made, Path(folder) / "memory")
+        with endpoint([str(Path(folder) / "memory")], engine.url) as (url, pid):
+            keep(asyncio.run(memory(texts[:DISTINCT], url, pid)))
 
 
 def measured() -> list[Row]:
@@ -236,26 +273,10 @@ def main() -> None:
     drawn = [test.texts[i] for i in np.random.default_rng(SEED).permutation(len(test))]
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # for /reset_prefix_cache
     done = {(row["part"], row.get("retriever")) for row in measured()}
-    with tempfile.TemporaryDirectory() as folder, running_server(MODEL, port=free_port()) as vllm:
-        programs = []
-        for retriever in RETRIEVERS:
-            made = compile_program(train, model=MODEL, retriever=retriever, shots=SHOTS, examples=EXAMPLES, seed=SEED)
-            save_program(made, Path(folder) / retriever)
-            programs.append(str(Path(folder) / retriever))
-        bare = compile_program(train, model=MODEL, retriever="bm25", shots=0, examples=EXAMPLES, seed=SEED)
-        save_program(bare, Path(folder) / "bare")
-        with endpoint([*programs, str(Path(folder) / "bare")], vllm) as (url, pid):
-            for retriever in RETRIEVERS:
-                if "speed" in parts and ("speed", retriever) not in done:
-                    for row in asyncio.run(speed(retriever, Path(folder) / retriever, drawn, vllm, url)):
-                        keep(row)
-            if "memory" in parts and ("memory", None) not in done:
-                keep(asyncio.run(memory([*drawn, *train.texts], url, pid)))
-        fast = [r for r in measured() if r["part"] == "speed" and r["at_once"] == 32 and r["retriever"] == "bm25"]
-        if "load" in parts and ("load", "bm25") not in done and fast:
-            rate = TIMES * next(row["texts_per_second"] for row in fast if row["contender"] == "icl serve")
-            with endpoint(programs, vllm, "--in-flight", "16", "--waiting", "48") as (url, pid):
-                keep(asyncio.run(load(drawn[:200], url, pid, rate)))
+    if {"speed", "load"} & set(parts):
+        measure_with_vllm(parts, train, drawn)
+    if "memory" in parts and ("memory", None) not in done:
+        measure_memory(train, [*drawn, *train.texts])
     for row in measured():
         print(json.dumps({key: value for key, value in row.items() if key not in facts()}))
 

@@ -36,6 +36,8 @@ COMMANDS: Mapping[str, str] = {
     "predict": "icl_compiler.cli:predict",
     "finetune": "evaluation.cli:finetune",
     "evaluate": "evaluation.cli:evaluate",
+    "bounds": "evaluation.bounds_cli:bounds",
+    "decide": "evaluation.decide_cli:decide",
     "messages": "icl_compiler.cli:messages",
     "models": "icl_compiler.cli:models",
     "serve": "serving.cli:serve",

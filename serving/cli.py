@@ -165,9 +165,8 @@ def _run(programs: dict[str, Path], upstreams: tuple[str, ...], **options: Any) 
         )
         gate = Gate(ring, hosts=None if ring else (*LOCAL_NAMES, host))
         app = create_app(endpoint, gate=gate, metrics=metrics, log_text=options["log_text"])
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-        for library in ("httpx2", "sentence_transformers", "uvicorn"):  # each request, each model is a line
-            logging.getLogger(library).setLevel(logging.WARNING)
+        logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
+        logging.getLogger("icl").setLevel(logging.INFO)
         config = uvicorn.Config(
             app, host=host, port=port, log_config=None, access_log=False, server_header=False,
             timeout_graceful_shutdown=int(limits.deadline_s) + 1,

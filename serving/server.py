@@ -144,7 +144,7 @@ def create_app(endpoint: Endpoint, *, gate: Gate, metrics: Metrics, log_text: bo
         head = {"object": "explanation", "model": edition.name, "version": edition.version}
         return {**head, **found, "shots": shots, "retrieve_s": time.perf_counter() - started}
 
-    @app.post("/v1/chat/completions", dependencies=[may_query], response_model=None)
+    @app.post("/v1/chat/completions", dependencies=[may_query], response_model=None, responses=_STREAMED)
     async def chat(body: ChatRequest, request: Request) -> Json | Response:
         """The answer to the last message by the user."""
         edition = edition_of(body.model, request)
@@ -165,7 +165,7 @@ def create_app(endpoint: Endpoint, *, gate: Gate, metrics: Metrics, log_text: bo
         answer_choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": "stop"}
         return {**head, "object": "chat.completion", "choices": [answer_choice], "usage": usage}
 
-    @app.post("/v1/completions", dependencies=[may_query], response_model=None)
+    @app.post("/v1/completions", dependencies=[may_query], response_model=None, responses=_STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Json | Response:
         """The answer to each prompt."""
         edition = edition_of(body.model, request)
@@ -279,6 +279,7 @@ def create_app(endpoint: Endpoint, *, gate: Gate, metrics: Metrics, log_text: bo
     return app
 
 
+_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 _RIGHTS: tuple[Right, ...] = ("query", "feedback", "admin")
 _ERRORS = {
     400: "the request cannot be answered as it is",

@@ -12,7 +12,7 @@ from fake_vllm import FakeVLLM, Trouble
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from httpx2 import Response
-from serving_toys import BYTES, built, expected, fake_vllm, program_folder, served, told, translations
+from serving_toys import built, expected, fake_vllm, program_folder, served, told, translations
 
 from icl_compiler.artifact import load_program
 from serving.endpoint import Endpoint, Limits
@@ -693,7 +693,7 @@ def test_the_page(shop: Shop) -> None:
         assert "default-src 'self'" in response.headers["Content-Security-Policy"]
 
 
-def test_every_answer_has_the_headers_that_keep_browsers_careful(own: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_answer_has_the_headers_that_keep_browsers_careful(own: Shop) -> None:
     """Of the errors see `error`."""
     ok = {"model": "customers", "input": TEXT}
     stream = {"model": "words", "prompt": "sun", "max_tokens": 2, "stream": True}
@@ -733,7 +733,6 @@ def test_what_users_write_is_in_the_log_only_if_wanted(
     ):
         assert client.portal is not None
         client.portal.call(endpoint.start)
-        engine.spoil = lambda answer: answer
         for body in ({"input": secret}, {"input": secret + "x" * 700}, {"input": [secret, secret + "y" * 700]}):
             client.post("/v1/classify", json={"model": "customers", **body})
             client.post("/v1/explain", json={"model": "customers", **body})
@@ -773,7 +772,7 @@ def test_metrics(own: Shop) -> None:
     own.client.get("/nowhere/at/all")
     own.client.post("/v1/classify", json={"model": "customers", "input": "x" * (1 << 20)})
     own.client.post("/v1/completions", json={"model": "words", "prompt": "sun", "max_tokens": 4})
-    program_folder_lines = own.client.get("/metrics").text.splitlines()
+    lines = own.client.get("/metrics").text.splitlines()
     for line in (
         'icl_requests_total{program="customers",route="/v1/classify",status="200"} 1.0',
         'icl_requests_total{program="customers",route="/v1/feedback",status="201"} 1.0',
@@ -785,8 +784,8 @@ def test_metrics(own: Shop) -> None:
         "icl_queue_waiting 0.0",
         "icl_in_flight 1.0",  # this request
     ):
-        assert line in program_folder_lines
-    answered = [line for line in program_folder_lines if line.startswith('icl_answers_total{label="')]
+        assert line in lines
+    answered = [line for line in lines if line.startswith('icl_answers_total{label="')]
     assert sum(float(line.rpartition(" ")[2]) for line in answered) == 3
 
 
@@ -799,7 +798,3 @@ def test_the_description_declares_what_can_come(shop: Shop) -> None:
             schema = operation["responses"]["429"]["content"]["application/json"]["schema"]
             assert schema == {"$ref": "#/components/schemas/ErrorAnswer"}
     assert set(described["components"]["schemas"]["ErrorDetail"]["properties"]) == {"message", "type", "param", "code"}
-
-
-def test_the_vocabulary_of_the_fake_is_that_of_the_model() -> None:
-    assert fake_vllm().vocabulary == BYTES
