@@ -7,8 +7,8 @@ vLLM and `icl serve` run as users start them, on loopback; texts of mr, 4 shots 
 - speed: the same texts, each once, at 1, 8 and 32 at once, through `icl serve` (POST /v1/classify, a text each) and as
   the same questions sent to vLLM by a client that has the prompts ready; in turns, vLLM's prefix cache emptied before
   each. `overhead` is what a request took beside retrieval, queue and model, as its answer tells them.
-- load: texts come at 4 times the rate that was measured for 32 at once, for 2 minutes, whether or not earlier ones
-  were answered. Every answer is compared with that of the same text asked alone.
+- load: 200 texts are asked alone, then all of them 32 at once; then they come at 4 times that rate, for 2 minutes,
+  whether or not earlier ones were answered. Every answer is compared with that of the same text asked alone.
 - memory: 20,000 requests, 32 at once, 10,000 different texts, dense retrieval, in front of a server that answers as
   vLLM does, from a table (`tests/fake_vllm.py`); the resident memory of `icl serve` every 1,000.
 
@@ -151,8 +151,8 @@ async def speed(retriever: str, folder: Path, texts: list[str], vllm: str, url: 
     return rows
 
 
-async def load(texts: list[str], url: str, pid: int, rate: float) -> Row:
-    """Texts at `rate` a second; what became of them."""
+async def load(texts: list[str], url: str, pid: int) -> Row:
+    """Texts faster than they can be answered; what became of them."""
     alone: dict[str, np.ndarray[Any, Any]] = {}
     statuses: Counter[int] = Counter()
     waits: list[float] = []
@@ -166,6 +166,13 @@ async def load(texts: list[str], url: str, pid: int, rate: float) -> Row:
     async with httpx2.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
         for text in texts:
             alone[text] = law(await client.post("/v1/classify", json={"model": "bm25", "input": text}))
+
+        async def calmly(number: int) -> None:
+            body = {"model": "bm25", "input": texts[number]}
+            (await client.post("/v1/classify", json=body)).raise_for_status()
+
+        capacity = len(texts) / (await at_once(range(len(texts)), 32, calmly))[0]
+        rate = TIMES * capacity
 
         async def one(text: str) -> None:
             nonlocal wrong
@@ -189,7 +196,7 @@ async def load(texts: list[str], url: str, pid: int, rate: float) -> Row:
         done = await asyncio.gather(*under_way, return_exceptions=True)
     lost = [error for error in done if error is not None]
     return facts() | {
-        "part": "load", "retriever": "bm25", "seconds": LOAD_S, "rate": rate, "sent": sent,
+        "part": "load", "retriever": "bm25", "seconds": LOAD_S, "capacity": capacity, "rate": rate, "sent": sent,
         "answered": statuses[200], "refused_429": statuses[429],
         "other": sum(statuses.values()) - statuses[200] - statuses[429], "lost": len(lost), "wrong": wrong,
         "answered_per_second": statuses[200] / LOAD_S,
@@ -229,11 +236,9 @@ def measure_with_vllm(parts: list[str], train: Dataset, drawn: list[str]) -> Non
                 if "speed" in parts and ("speed", retriever) not in done:
                     for row in asyncio.run(speed(retriever, Path(folder) / retriever, drawn, vllm, url)):
                         keep(row)
-        fast = [r for r in measured() if r["part"] == "speed" and r["at_once"] == 32 and r["retriever"] == "bm25"]
-        if "load" in parts and ("load", "bm25") not in done and fast:
-            rate = TIMES * next(row["texts_per_second"] for row in fast if row["contender"] == "icl serve")
+        if "load" in parts and ("load", "bm25") not in done:
             with endpoint(programs, vllm, "--in-flight", "16", "--waiting", "48") as (url, pid):
-                keep(asyncio.run(load(drawn[:200], url, pid, rate)))
+                keep(asyncio.run(load(drawn[:200], url, pid)))
 
 
 def measure_memory(train: Dataset, texts: list[str]) -> None:

@@ -8,6 +8,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from textwrap import fill
 from typing import Literal, NamedTuple
 
 import click
@@ -104,31 +105,32 @@ def bounds_of(case: Case) -> list[Bound]:
     from evaluation import bounds as b
 
     v, length, m, delta, labels = case
-    outcomes, states = v**length, b.prefix_states(m, v, length)
-    iid, balanced = "i.i.d. samples", "as many samples in each context"
+    answers, states = v**length, b.prefix_states(m, v, length)
+    outcomes = min(answers, 10 * MOST_EXAMPLES)  # more are refused all the same, or change nothing
+    balanced, per_prefix = "as many samples in each context", "as many samples after each prefix"
     found = [
         (True, Bound("provable", "the law of the answers in one context",
-         lambda n, e: n >= b.n_tv(outcomes, epsilon=e, delta=delta), iid,
+         lambda n, e: n >= b.n_tv(outcomes, epsilon=e, delta=delta), "i.i.d. samples of it",
          "van der Vaart and Wellner 1996; Canonne 2020")),
         (m > 1, Bound("provable", f"on average over {m:,} contexts",
-         lambda n, e: n >= b.n_avg(m, outcomes, epsilon=e, delta=delta), "their shares of the samples are fixed",
+         lambda n, e: n >= b.n_avg(m, outcomes, epsilon=e, delta=delta), "fixed shares of the samples",
          "Cauchy-Schwarz; McDiarmid")),
         (m > 1, Bound("provable", f"in all {m:,} contexts at once",
          lambda n, e: n >= b.n_all(m, outcomes, epsilon=e, delta=delta), balanced, "the first line; union bound")),
         (True, Bound("provable", f"{'on average, ' * (m > 1)}in expectation, with a flat prior",
          lambda n, e: e >= (b.laplace_avg(n, m, outcomes) if m > 1 else b.laplace_tv(n, outcomes)),
-         "i.i.d. contexts and samples" if m > 1 else iid, "Bretagnolle-Huber; Jensen")),
+         "i.i.d. contexts and samples" if m > 1 else "i.i.d. samples", "Bretagnolle-Huber; Jensen")),
         (not labels, Bound("provable", "token by token, in expectation, flat prior",
-         lambda n, e: e >= b.laplace_sequence(n // states, v, length), "as many samples after each prefix",
+         lambda n, e: e >= b.laplace_sequence(n // states, v, length), per_prefix,
          "chain rule of KL; Bretagnolle-Huber")),
         (not labels, Bound("provable", "token by token",
-         lambda n, e: n >= b.n_hybrid(m, v, length, epsilon=e, delta=delta), "as many samples after each prefix",
+         lambda n, e: n >= b.n_hybrid(m, v, length, epsilon=e, delta=delta), per_prefix,
          "chain rule of TV")),
         (not labels, Bound("provable", "the probability of each single answer",
-         lambda n, e: n >= b.n_selection(candidates=outcomes, epsilon=e, delta=delta), "weaker than TV; one context",
+         lambda n, e: n >= b.n_selection(candidates=answers, epsilon=e, delta=delta), "weaker than TV; one context",
          "Hoeffding; union bound")),
         (bool(labels), Bound("provable", "the probability of one label in one context",
-         lambda n, e: n >= b.n_fixed_context(epsilon=e, delta=delta), iid, "Hoeffding")),
+         lambda n, e: n >= b.n_fixed_context(epsilon=e, delta=delta), "i.i.d. samples", "Hoeffding")),
         (True, Bound("lower", "any learner on its worst law, in expectation",
          lambda n, e: e >= b.assouad_lower(n, outcomes, contexts=m), balanced, "Assouad's lemma; Canonne 2020")),
         (True, Bound("lower", "the best learner on its worst law",
@@ -138,7 +140,7 @@ def bounds_of(case: Case) -> list[Bound]:
          "arXiv 2506.08060")),
         (True, Bound("order", "l ln V / eps^2 ln(1 / delta)",
          lambda n, e: n >= b.sharma_s2(length, v, epsilon=e, delta=delta),
-         f"bounded context; l = {length:,}; no TV guarantee with any constant", "arXiv 2506.08060")),
+         f"bounded context; l = {length:,}; never a TV guarantee", "arXiv 2506.08060")),
         (bool(labels), Bound("order", "d / eps",
          lambda n, e: n >= b.sharma_s3(1, epsilon=e), "linear classification; for each of d dimensions",
          "arXiv 2506.08060")),
@@ -151,20 +153,20 @@ def bounds_of(case: Case) -> list[Bound]:
 
 @click.command()
 @click.argument("data", required=False)
-@click.option("--labels", type=WholeNumber(2, 10**9), help="Classification: how many labels there are.")
-@click.option("--vocabulary", type=WholeNumber(2, 10**9), help="Generation: how many tokens there are.")
-@click.option("--length", type=WholeNumber(1, 10**5), help="Generation: tokens of an answer.")
+@click.option("--labels", type=WholeNumber(min=2), help="Classification: how many labels there are.")
+@click.option("--vocabulary", type=WholeNumber(min=2), help="Generation: how many tokens there are.")
+@click.option("--length", type=WholeNumber(1, 10**4), help="Generation: tokens of an answer.")
 @click.option("--epsilon", default=0.1, type=_PART, help="Total variation to stay within.")
 @click.option("--delta", default=0.05, type=_PART, help="Allowed probability of failure.")
 @click.option(
     "--contexts",
-    type=WholeNumber(1, 10**15),
+    type=WholeNumber(min=1),
     show_default="1; with DATA, its different texts",
     help="Different queries, each with a law of its own.",
 )
 @click.option(
     "--examples",
-    type=WholeNumber(1, 10**15),
+    type=WholeNumber(min=1),
     show_default="with DATA, its rows",
     help="Say also which epsilon so many examples give.",
 )
@@ -211,38 +213,34 @@ def bounds(
             say(f"Warning: {warning}")
         labels, examples = len(dataset.labels), examples or len(dataset)
         contexts = contexts or len(set(dataset.texts))
+    examples = min(examples, MOST_EXAMPLES) if examples else None
     case = Case(vocabulary or (labels or 0) + 1, length or 1, contexts or 1, delta, labels)
     rows = [
         (bound, bound.examples(epsilon), bound.epsilon(examples) if examples else None) for bound in bounds_of(case)
     ]
     if as_json:
         found = [
-            {
-                "kind": bound.kind,
-                "name": bound.name,
-                "examples": n if n is None or n < 2**53 else float(n),
-                "epsilon": reached,
-                "condition": bound.condition,
-                "source": bound.source,
-            }
+            {name: part for name, part in bound._asdict().items() if name != "enough"}
+            | {"examples": n if n is None or n < 2**53 else float(n), "epsilon": reached}
             for bound, n, reached in rows
         ]
         asked = {**case._asdict(), "epsilon": epsilon, "examples": examples}
         print_json({**asked, "bounds": found, "sentences": SENTENCES})
         return
     what = f'{labels:,} labels and "other"' if labels else f"answers of {length:,} tokens out of {vocabulary:,}"
-    where = f"{case.contexts:,} context{'s' * (case.contexts > 1)}"
-    click.echo(f"{what}, {where}; epsilon {epsilon:g}, delta {delta:g}\n")
-    click.echo("\n".join(_table(rows, epsilon, examples)))
+    click.echo(f"{what}, {case.contexts:,} context{'s' * (case.contexts > 1)}")
+    known = "" if examples is None else f", epsilon with {_count(examples)} examples"
+    click.echo(f"examples for epsilon {epsilon:g}{known}; delta {delta:g}\n")
+    click.echo("\n".join(_table(rows)))
     for sentence in SENTENCES:
-        click.echo("\n" + click.wrap_text(sentence, width=80))
+        click.echo("\n" + fill(sentence, 80, break_on_hyphens=False))
 
 
-def _table(rows: Sequence[tuple[Bound, int | None, float | None]], epsilon: float, examples: int | None) -> list[str]:
-    lines = []
+def _table(rows: Sequence[tuple[Bound, int | None, float | None]]) -> list[str]:
+    lines: list[str] = []
     for kind, heading in HEADINGS.items():
-        known = "" if examples is None else f"with {_count(examples)}"
-        lines += ["" for _ in lines[:1]] + [f"{heading:<50}{f'for {epsilon:g}':>15}{known:>15}".rstrip()]
+        second = "" if rows[0][2] is None else "epsilon"
+        lines += [""] * bool(lines) + [f"{heading:<50}{'examples':>15}{second:>15}".rstrip()]
         for bound, n, reached in rows:
             if bound.kind == kind:
                 needed = "vacuous" if kind == "provable" and (n is None or n > VACUOUS) else _count(n)

@@ -2,7 +2,7 @@
 
 - One decision for the rows that differ in their number of examples only: same dataset and queries, model, retriever,
   budget, seed and reference. It rests on the intervals in the rows, and computes none anew.
-- Where the rows support no verdict (a gap without interval, several levels, two gaps for one size), a sentence says why.
+- Where the rows support no verdict (no interval, several levels, two gaps for one size), a sentence says why.
 - Rows do not say on which queries a program was chosen. Where several were measured on one dataset, a sentence says
   that each verdict holds by itself, and not for the best of them.
 - The floor is that of the same reference, queries and level: the first, its own model's before others'.
@@ -35,7 +35,7 @@ NEEDED = {
     "n_examples": "number of examples",
     "gap_low": "interval",
     "gap_high": "interval",
-    "level": "level of its interval",
+    "level": "level",
     "n_queries": "number of queries",
 }
 # Fewer sizes than this leave the three parameters of a curve open.
@@ -140,13 +140,13 @@ def _decision(
     )
     said = [
         found.sentence,
-        f"This is wrong with probability at most {100 * (1 - level):.3g} %, if the queries were drawn at random and "
-        "nothing was chosen on them.",
+        f"The verdict on {epsilon:g} is wrong with probability at most {100 * (1 - level):.3g} %, if the queries were "
+        "drawn at random and nothing was chosen on them.",
     ]
     if rivals > 1:
         said.append(
-            f"{rivals} verdicts are about this dataset. Each holds for a program that was settled on beforehand; to pick "
-            "the best of them, and know its gap, measure it on other queries."
+            f"{rivals} verdicts are about this dataset. Each holds for a program that was settled on beforehand; the "
+            "best of them has to be measured again, on other queries."
         )
     if floor is None:
         said.append(
@@ -173,7 +173,7 @@ def _decision(
     if labels is not None:
         without_prior = n_tv(labels + 1, epsilon=epsilon, delta=1 - level)
         said.append(
-            f"A learner without prior needs {counted(without_prior, 'example')} to know the answers to one single query "
+            f"A learner without prior needs {counted(without_prior, 'example')} to know the answers to a single query "
             f'({labels:,} labels and "other") within {epsilon:g}: a yardstick, and no bound on a prompt (`icl bounds`).'
         )
     cost = None
@@ -196,8 +196,8 @@ def _by_size(line: Sequence[Measurement]) -> dict[int, Measurement]:
         same = found.setdefault(n, row)
         if (same.gap, same.gap_low, same.gap_high) != (row.gap, row.gap_low, row.gap_high):
             raise EvaluationError(
-                f"two rows with {counted(n, 'example')} differ, with gaps of {same.gap:.3f} and {row.gap:.3f}; keep the "
-                "one that was meant, whatever its gap"
+                f"two rows with {counted(n, 'example')} differ, with gaps of {same.gap:.3f} and {row.gap:.3f}; leave "
+                "one out, and not for its gap"
             )
     levels = sorted({cast(float, row.level) for row in line})
     if len(levels) > 1:
@@ -256,5 +256,5 @@ def _break_even(row: Measurement, floor: Measurement | None, rows: Sequence[Meas
         )
     million = 1_000_000
     prompt = TokenCost(row.prompt_tokens_per_query, 1.0, prices.prompt / million, prices.prompt_answer)
-    tuned = TokenCost(cast(float, tokens[0]), 1.0, prices.tuned / million, prices.tuned_answer)
+    tuned = TokenCost(tokens[0], 1.0, prices.tuned / million, prices.tuned_answer)
     return break_even(prompt=prompt, tuned=tuned, tuning=prices.tuning)

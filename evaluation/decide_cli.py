@@ -1,6 +1,7 @@
 """`icl decide`: from rows that were measured to prompt, fine-tune or undecided. No model is involved."""
 
 from dataclasses import asdict
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import click
@@ -22,18 +23,18 @@ _PRICE = FiniteNumber(min=0)
     type=FiniteNumber(0, 1, min_open=True, max_open=True),
     help="Largest gap that is good enough; settle on it before you look.",
 )
-@click.option("--labels", type=WholeNumber(2, 10**9), help="Of one dataset: say what a learner without prior needs.")
-@click.option("--prompt-price", type=_PRICE, help="Of a million prompt tokens, with the prompt.")
-@click.option("--tuned-price", type=_PRICE, help="Of a million prompt tokens, with the tuned model.")
+@click.option("--labels", type=WholeNumber(min=2), help="How many there are: say what a learner without prior needs.")
+@click.option("--prompt-price", type=_PRICE, help="Price of a million tokens of prompts to the frozen model.")
+@click.option("--tuned-price", type=_PRICE, help="Price of a million tokens of prompts to the tuned model.")
 @click.option(
     "--answer-price",
     type=_PRICE,
     nargs=2,
     metavar="X Y",
     show_default="0 0",
-    help="Of one answer, with the prompt and with the tuned model.",
+    help="Price of one answer of the frozen and of the tuned model.",
 )
-@click.option("--tuning-cost", type=_PRICE, help="Of the fine-tuning, paid once.")
+@click.option("--tuning-cost", type=_PRICE, help="Price of the fine-tuning, paid once.")
 @json_option
 def decide(
     rows: tuple[str, ...],
@@ -76,7 +77,7 @@ def decide(
     for place, decision in enumerate(found):
         click.echo("\n" * (place > 0) + decision.name)
         for sentence in decision.sentences:
-            click.echo(click.wrap_text(sentence, width=80, initial_indent="  ", subsequent_indent="  "))
+            click.echo(fill(sentence, 80, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
 
 
 def _read(name: str) -> "list[Measurement]":

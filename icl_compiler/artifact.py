@@ -44,7 +44,7 @@ def save_program(program: Program, folder: Path) -> None:
         ArtifactError: if `folder` exists and is not a program, or cannot be written, or if the program could not be
             loaded again because its retriever stands in no table.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     require_replaceable(folder, kind="program")
     if program.settings.retriever not in RETRIEVERS:
@@ -59,7 +59,7 @@ def save_program(program: Program, folder: Path) -> None:
         lines = [json.dumps({"text": text, "answer": answer}, ensure_ascii=False) for text, answer in rows]
         (draft / "pool.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8", newline="\n")
         arrays = {"tokens": program.pool.tokens, "offsets": program.pool.offsets}
-        save_file(arrays, draft / "shots.safetensors")
+        (draft / "shots.safetensors").write_bytes(save(arrays))  # save_file would hide it from all others
         (draft / "index").mkdir()
         program.retriever.save(draft / "index")
         write_manifest(

@@ -12,8 +12,9 @@ sooner or later for certain. No drift means that queries come independently from
   Looked at after every full window, at the level window / 1,000,000. Not compared with the pool's labels, from which
   answers differ without any drift (with SmolLM2 by 0.04 to 0.5): pools are often balanced, and prompted models lean
   to some labels. That distance is in the state, for people to judge.
-- "entropy": the mean entropy of the answers has moved from that of the first window by more than 5 % of the largest
-  possible; same schedule. Both miss what was there from the first query on; "unlike" does not.
+- "entropy": how unsure the answers are, as the entropy of "the likeliest label, or anything else" (of the others not
+  every request tells the probabilities). Its mean has moved from that of the first window by more than 5 % of the
+  largest possible, ln 2; same schedule. Both miss what was there from the first query on; "unlike" does not.
 
 "unlike" stays on until a window has passed without another alarm, the others until the next full window.
 
@@ -96,7 +97,7 @@ class DriftState(NamedTuple):
         label_share: of each label among the likeliest labels.
         label_distance: TV from there to the pool's label share.
         label_change: TV from there to the first window's share.
-        entropy: mean, nats, over labels and "other".
+        entropy: mean, nats, of the likeliest label against all else.
         first_entropy: that of the first window.
         alarms: that are on.
     """
@@ -164,7 +165,7 @@ class DriftMonitor:
     ...     monitor.observe(0.3, np.array([0.25, 0.5]))
     >>> state = monitor.state()
     >>> state.unlike_share, state.label_distance, round(state.entropy, 2), state.alarms
-    (1.0, 0.5, 1.04, ('unlike',))
+    (1.0, 0.5, 0.69, ('unlike',))
     """
 
     def __init__(self, labels: Sequence[str], baseline: Baseline, window: int = 1000) -> None:
@@ -185,7 +186,8 @@ class DriftMonitor:
 
         Args:
             nearest: the highest score of the shots in its prompt, `None` if there are none.
-            probabilities: of each label, in the order of the labels; empty for generation.
+            probabilities: of each label, in the order of the labels; empty for generation. All but the largest may be
+                lower bounds.
 
         Raises:
             ServingError: probabilities of another number of labels, or that are none; nothing is counted.
@@ -196,7 +198,8 @@ class DriftMonitor:
                 f"{len(probabilities)} probabilities with sum {total} for a program of {self._labels} labels; expected "
                 "one each, none negative, with a sum of at most 1"
             )
-        entropy = float(entr(probabilities).sum()) + float(entr(max(0.0, 1 - total)))
+        likeliest = float(probabilities.max(initial=0.0))
+        entropy = float(entr(likeliest) + entr(max(0.0, 1 - likeliest)))
         with self._lock:
             place = self._queries % self._window
             self._queries += 1
@@ -242,7 +245,7 @@ class DriftMonitor:
     def _compare(self) -> None:
         level = self._window / FALSE_ALARM_EVERY
         share = self._share()
-        shares_of_largest = np.minimum(self._entropies / math.log(self._labels + 1), 1.0)
+        shares_of_largest = np.minimum(self._entropies / math.log(2), 1.0)
         interval = betting(shares_of_largest, delta=level / 2)  # one of two
         if self._first is None:
             self._first = _First(share, float(self._entropies.mean()), interval)

@@ -111,10 +111,7 @@ class _Watch(NamedTuple):
         if edition.version != self.version:  # a request that began before the version changed
             return
         scores = answer.prompt.selection.scores
-        # The likeliest label against all else, since the others are not always known.
-        likeliest = np.zeros_like(answer.probabilities)
-        likeliest[answer.best] = answer.probabilities[answer.best]
-        self.monitor.observe(max(scores) if scores else None, likeliest)
+        self.monitor.observe(max(scores) if scores else None, answer.probabilities)
         if self.shadow is not None and answer.sampled and answer.upper is None:
             self.shadow.offer(text, answer.probabilities)
 
@@ -175,7 +172,7 @@ class Endpoint:
         """Close what is open."""
         self._preparer.close()
         for watch in self._watches.values():
-            watch.close()
+            await asyncio.to_thread(watch.close)
         for upstream in self._upstreams:
             await upstream.close()
 
@@ -395,7 +392,7 @@ class Endpoint:
             labels=program.labels,
         )
         if old is not None:
-            old.close()
+            await asyncio.to_thread(old.close)
 
     async def _engine(self, model: str) -> Engine:
         """The engine of a base model, looked for once."""

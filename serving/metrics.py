@@ -76,7 +76,7 @@ class Metrics:
                 ("unlike_share", "unlike_share", "Share of the queries that are unlike the pool"),
                 ("label_distance", "label_distance", "TV between the labels answered and the pool's"),
                 ("label_change", "label_change", "TV between the labels answered and those of the first window"),
-                ("entropy", "entropy_nats", "Mean entropy of the answers"),
+                ("entropy", "entropy_nats", "Mean entropy of the likeliest label against all else"),
             )
         }
         self._gap = {

@@ -49,6 +49,7 @@ class Preparer:
                     continue
                 if isinstance(found, Exception):
                     future.set_exception(found)
+                    future.exception()  # if whoever waited is gone, asyncio would log it, with the text
                 else:
                     future.set_result(found)
 

@@ -310,7 +310,7 @@ async def _while_wanted(request: Request, deadline_s: float, work: Coroutine[Any
     finally:
         gone.cancel()
         task.cancel()
-        await asyncio.wait({task, gone})
+        await asyncio.gather(task, gone, return_exceptions=True)
 
 
 async def _gone(request: Request) -> None:

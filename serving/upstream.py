@@ -167,6 +167,11 @@ class Upstream:
             UnreachableError: also if the server vanishes in the middle.
         """
         async with self._patiently({**body, "stream": True}, stream=True) as response:
+            kind = response.headers.get("Content-Type", "")
+            if not kind.startswith("text/event-stream"):
+                raise BackendError(
+                    f"the server at {self.url} answered {kind or 'no type'}, expected events; is it a vLLM server?"
+                )
             ended = False
             try:
                 async for line in response.aiter_lines():

@@ -6,6 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# No test is timed: machines are busy.
+settings.register_profile("busy", deadline=None)
+settings.load_profile("busy")
 
 # Before anything imports the libraries that read them: no test may use the network.
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"

@@ -1,6 +1,7 @@
 """Programs on disk: the same bytes and the same prompts everywhere, and a clear refusal of anything else."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from icl_compiler.data import Dataset
 from icl_compiler.errors import ArtifactError, RegistryError, TemplateError
 from icl_compiler.registry import RETRIEVERS
 
-REAL_ENCODER = compiling.namednamed_encoder
+REAL_ENCODER = compiling.named_encoder
 QUERIES = ["where is my lost card", "the parcel is late", *NASTY]
 POOL = Dataset(
     (*customers().texts, *NASTY),
@@ -121,6 +122,16 @@ def test_real_models_in_a_new_process(tmp_path, monkeypatch):
     found = in_a_new_process(REAL_MODELS, here, there, json.dumps(queries), hash_seed=1)
     assert found == [list(prompt.tokens) for prompt in compiled.prompts(queries)]
     assert contents(here) == contents(there)
+
+
+def test_whoever_the_umask_allows_can_read_it(saved):
+    before = os.umask(0o022)
+    try:
+        save_program(program(), saved)
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in saved.rglob("*") if path.is_file()} == {"0o644"}
+    assert {oct(path.stat().st_mode & 0o777) for path in [saved, *saved.rglob("*")] if path.is_dir()} == {"0o755"}
 
 
 def test_nothing_is_lost(tmp_path):

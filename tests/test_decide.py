@@ -70,8 +70,8 @@ def test_sentences(icl):
         "  is at the floor, [0.030, 0.070], as far as 217 queries can tell: the prompt is\n"
         "  as close to the reference as a second fine-tuning, or not shown to be further\n"
         "  away.\n"
-        "  This is wrong with probability at most 5 %, if the queries were drawn at\n"
-        "  random and nothing was chosen on them.\n"
+        "  The verdict on 0.1 is wrong with probability at most 5 %, if the queries were\n"
+        "  drawn at random and nothing was chosen on them.\n"
         "  3 sizes measured, and a curve needs 4: `icl evaluate --examples N`, several\n"
         "  times, measures more.\n"
     )
@@ -103,9 +103,9 @@ def test_every_program_has_its_own_verdict(decided):
     ("rows", "said"),
     [
         (line({16: 0.3}, margin=None), "the row with the gap 0.300 does not say its interval (gap_low)"),
-        (line({16: 0.3}, level=None), "does not say its level of its interval (level)"),
-        (line({16: 0.3}, n_queries=None), "does not say its number of queries (n_queries)"),
-        ([row(n_examples=None)], "does not say its number of examples (n_examples)"),
+        (line({16: 0.3}, level=None), "the row with the gap 0.300 does not say its level (level)"),
+        (line({16: 0.3}, n_queries=None), "the row with the gap 0.300 does not say its number of queries (n_queries)"),
+        ([row(n_examples=None)], "the row with the gap 0.210 does not say its number of examples (n_examples)"),
         (line({16: 0.3}) + line({64: 0.3}, level=0.9), "the intervals are of 90 % and 95 %, and a verdict needs one"),
         (line({16: 0.3}) + line({16: 0.2}), "two rows with 16 examples differ, with gaps of 0.300 and 0.200"),
         ([row(gap_low=0.3, gap_high=0.2)], "an interval of gaps should be within [0, 1], low end first"),
@@ -159,6 +159,13 @@ def test_a_curve_that_is_known(decided):
     (found,) = decided(line(gaps, margin=0.0))
     assert found["answer"] == "within"
     assert any(said.startswith("No curve: standard errors should be above 0") for said in found["sentences"])
+
+
+def test_gaps_known_within_bounds_say_so(decided):
+    said = "The engine gave only its likeliest tokens"
+    for truncation in (None, 0.02):
+        (found,) = decided([FLOOR, *WITHIN[:-1], WITHIN[-1] | {"gap_truncation": truncation}])
+        assert any(each.startswith(said) for each in found["sentences"]) == (truncation is not None)
 
 
 def test_what_a_learner_without_prior_needs(decided, icl):

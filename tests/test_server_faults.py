@@ -19,11 +19,13 @@ from typing import Any
 import httpx2
 import pytest
 from fake_vllm import DROP, FakeVLLM, Json, Trouble
+from fastapi.testclient import TestClient
 from serving_toys import expected, fake_vllm, listening, program_folder, served, told, translations, wait_until
 from toys import TESTS
 
 from icl_compiler.errors import ArtifactError
 from icl_compiler.vllm_launch import free_port
+from serving import line
 from serving.endpoint import Endpoint, Limits
 from serving.versions import version_of
 
@@ -47,6 +49,22 @@ def engine() -> Iterator[FakeVLLM]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def started(
+    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[TestClient, Endpoint, FakeVLLM]]:
+    with fake_vllm() as server, served(folders, server.url, tmp_path_factory.mktemp("state")) as (client, endpoint):
+        yield client, endpoint, server
+
+
+@pytest.fixture
+def shop(started: tuple[TestClient, Endpoint, FakeVLLM]) -> Iterator[tuple[TestClient, Endpoint, FakeVLLM]]:
+    """For tests that change nothing but the engine."""
+    yield started
+    started[2].spoil = lambda answer: answer
+    started[2].trouble.clear()
+
+
 def is_right(response: Any, folders: dict[str, Path], text: str = TEXT) -> bool:
     assert response.status_code == 200, response.text
     [row] = response.json()["data"]
@@ -63,8 +81,7 @@ def error(response: Any, status: int) -> dict[str, Any]:
 
 
 def is_empty(endpoint: Endpoint) -> bool:
-    line = endpoint.line
-    return (line.admitted, line.inside, line.waiting) == (0, 0, 0)
+    return (endpoint.line.admitted, endpoint.line.inside, endpoint.line.waiting) == (0, 0, 0)
 
 
 # The engine is gone, slow, or talks nonsense
@@ -145,28 +162,27 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("trouble", GARBAGE.values(), ids=GARBAGE)
-def test_garbage_is_a_bad_gateway(trouble: Trouble, folders: dict[str, Path], engine: FakeVLLM, tmp_path: Path) -> None:
-    with served(folders, engine.url, tmp_path) as (client, endpoint):
-        for path, body in (("classify", ASK), ("completions", {**ASK, "prompt": TEXT})):
-            engine.trouble.append(trouble)
-            assert error(client.post(f"/v1/{path}", json=body), 502)["code"] == "engine_failed"
-        if trouble.status != 200:  # as a stream, they are no events at all
-            engine.trouble.append(trouble)
-            error(client.post("/v1/completions", json=SAY), 502)
-        assert is_empty(endpoint)
-        assert is_right(client.post("/v1/classify", json=ASK), folders)
+def test_garbage_is_a_bad_gateway(
+    trouble: Trouble, shop: tuple[TestClient, Endpoint, FakeVLLM], folders: dict[str, Path]
+) -> None:
+    client, endpoint, engine = shop
+    for path, body in (("classify", ASK), ("completions", SAY), ("completions", {**SAY, "stream": True})):
+        engine.trouble.append(trouble)
+        assert error(client.post(f"/v1/{path}", json=body), 502)["code"] == "engine_failed"
+    assert is_empty(endpoint)
+    assert is_right(client.post("/v1/classify", json=ASK), folders)
 
 
-def test_numbers_that_are_none(folders: dict[str, Path], engine: FakeVLLM, tmp_path: Path) -> None:
+def test_numbers_that_are_none(shop: tuple[TestClient, Endpoint, FakeVLLM]) -> None:
     def spoil(answer: Json) -> Json:
         for choice in answer["choices"]:
             choice["logprobs"]["top_logprobs"][0] = dict.fromkeys(choice["logprobs"]["top_logprobs"][0], float("nan"))
         return answer
 
-    with served(folders, engine.url, tmp_path) as (client, _):
-        engine.spoil = spoil
-        message = error(client.post("/v1/classify", json=ASK), 502)["message"]
-        assert "gave log-probabilities that are none (nan)" in message
+    client, _, engine = shop
+    engine.spoil = spoil
+    message = error(client.post("/v1/classify", json=ASK), 502)["message"]
+    assert "gave log-probabilities that are none (nan)" in message
 
 
 def part(**changes: Any) -> Json:
@@ -193,44 +209,42 @@ GARBAGE_IN_TEXT = {
 
 
 @pytest.mark.parametrize("event", GARBAGE_IN_TEXT.values(), ids=GARBAGE_IN_TEXT)
-def test_garbage_in_a_text(event: Any, folders: dict[str, Path], engine: FakeVLLM, tmp_path: Path) -> None:
+def test_garbage_in_a_text(event: Any, shop: tuple[TestClient, Endpoint, FakeVLLM]) -> None:
     """Before its first part it is an error; in its middle, the stream ends with one."""
-    with served(folders, engine.url, tmp_path) as (client, endpoint):
-        engine.spoil = lambda _: event
-        for more in ({}, {"stream": True}):
-            assert error(client.post("/v1/completions", json={**SAY, **more}), 502)["code"] == "engine_failed"
-        left = [2]
+    client, endpoint, engine = shop
+    engine.spoil = lambda _: event
+    for more in ({}, {"stream": True}):
+        assert error(client.post("/v1/completions", json={**SAY, **more}), 502)["code"] == "engine_failed"
+    left = [2]
 
-        def later(good: Json) -> Any:
-            left[0] -= 1
-            return good if left[0] >= 0 else event
+    def later(good: Json) -> Any:
+        left[0] -= 1
+        return good if left[0] >= 0 else event
 
-        engine.spoil = later
-        said = client.post("/v1/completions", json={**SAY, "stream": True}).text.split("\n\n")
-        assert len(said) == 2 + 1 + 2
-        assert json.loads(said[2].removeprefix("data: "))["error"]["code"] == "engine_failed"
-        assert said[3:] == ["data: [DONE]", ""]
-        assert is_empty(endpoint)
+    engine.spoil = later
+    said = client.post("/v1/completions", json={**SAY, "stream": True}).text.split("\n\n")
+    assert len(said) == 2 + 1 + 2
+    assert json.loads(said[2].removeprefix("data: "))["error"]["code"] == "engine_failed"
+    assert said[3:] == ["data: [DONE]", ""]
+    assert is_empty(endpoint)
 
 
-def test_an_engine_that_dies_in_the_middle_of_a_text(
-    folders: dict[str, Path], engine: FakeVLLM, tmp_path: Path
-) -> None:
+def test_an_engine_that_dies_in_the_middle_of_a_text(shop: tuple[TestClient, Endpoint, FakeVLLM]) -> None:
     def dies(event: Json) -> Json:
         left[0] -= 1
         if left[0] < 0:
             raise DROP
         return event
 
-    with served(folders, engine.url, tmp_path) as (client, endpoint):
-        engine.spoil, left = dies, [3]
-        said = client.post("/v1/chat/completions", json={**SAY, "messages": [{"role": "user", "content": "sun"}],
-                                                         "stream": True}).text.split("\n\n")  # fmt: skip
-        assert len(said) == 3 + 1 + 2
-        assert json.loads(said[3].removeprefix("data: "))["error"]["code"] == "engine_unreachable"
-        left = [3]
-        assert error(client.post("/v1/completions", json=SAY), 503)["code"] == "engine_unreachable"
-        assert is_empty(endpoint)
+    client, endpoint, engine = shop
+    engine.spoil, left = dies, [3]
+    said = client.post("/v1/chat/completions", json={**SAY, "messages": [{"role": "user", "content": "sun"}],
+                                                     "stream": True}).text.split("\n\n")  # fmt: skip
+    assert len(said) == 3 + 1 + 2
+    assert json.loads(said[3].removeprefix("data: "))["error"]["code"] == "engine_unreachable"
+    left = [3]
+    assert error(client.post("/v1/completions", json=SAY), 503)["code"] == "engine_unreachable"
+    assert is_empty(endpoint)
 
 
 # The client is gone
@@ -372,7 +386,6 @@ def test_a_full_disk_keeps_nothing_and_breaks_nothing(
         assert len(client.get("/v1/feedback?limit=1000").json()["data"]) == kept
         assert client.get("/v1/models/customers").json()["pool_rows"] == 12 + kept
         assert client.post("/v1/classify", json=ASK).status_code == 200
-        assert error(client.delete("/v1/feedback/1"), 503)["code"] == "not_kept"
         database.execute("PRAGMA max_page_count = 1000000")
         assert client.post("/v1/feedback", json={**give, "input": "there is room again"}).status_code == 201
         assert client.delete("/v1/feedback/1").json()["undone"]
@@ -401,11 +414,10 @@ def test_a_killed_endpoint_has_kept_what_it_acknowledged(
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     acknowledged: dict[int, str] = {}
-    killed = Event()
 
     def give(thread: int) -> None:
         with httpx2.Client(base_url=url) as client:
-            for place in range(125):
+            for place in range(50):
                 text = f"text {thread} {place} 🤖"
                 until = time.monotonic() + 60
                 while time.monotonic() < until:
@@ -417,14 +429,13 @@ def test_a_killed_endpoint_has_kept_what_it_acknowledged(
                     acknowledged[given.json()["id"]] = text
                     break
 
-    threads = [Thread(target=give, args=(thread,)) for thread in range(8)]
+    threads = [Thread(target=give, args=(thread,)) for thread in range(20)]
     with icl_serve(folders["customers"], engine, tmp_path, port) as child:
         for thread in threads:
             thread.start()
         wait_until(lambda: len(acknowledged) > 400, seconds=60)
         child.send_signal(signal.SIGKILL)
         child.wait()
-        killed.set()
     before = dict(acknowledged)
     with icl_serve(folders["customers"], engine, tmp_path, port):
         for thread in threads:
@@ -436,12 +447,12 @@ def test_a_killed_endpoint_has_kept_what_it_acknowledged(
         ]
         kept = {row["id"]: row["input"] for row in rows}
         [card] = httpx2.get(f"{url}/v1/models").json()["data"]
-        shots = httpx2.post(f"{url}/v1/explain", json={"model": "customers", "input": "text 3 77 🤖"}).json()["shots"]
+        shots = httpx2.post(f"{url}/v1/explain", json={"model": "customers", "input": "text 3 33 🤖"}).json()["shots"]
     assert len(acknowledged) == 1000 > len(before) > 400
     assert acknowledged.items() <= kept.items()
     assert len(kept) <= 1000 + len(threads)  # kept, and killed before it could say so
     assert card["pool_rows"] == 12 + len(set(kept.values())) == 12 + 1000
-    assert "text 3 77 🤖" in [shot["text"] for shot in shots]
+    assert "text 3 33 🤖" in [shot["text"] for shot in shots]
 
 
 # Versions
@@ -598,9 +609,8 @@ def test_clients_that_come_and_leave_take_no_place_with_them(
     with listening(folders, engine.url, tmp_path, limits=limits) as (url, endpoint), ThreadPoolExecutor(12) as threads:
         visits = [threads.submit(come, chance.randrange(3), chance.uniform(0.001, 0.08)) for _ in range(150)]
         while not all(visit.done() for visit in visits):
-            line = endpoint.line
-            assert line.inside <= 3
-            assert line.admitted <= 9
+            assert endpoint.line.inside <= 3
+            assert endpoint.line.admitted <= 9
             time.sleep(0.005)
         for visit in visits:
             visit.result()
@@ -610,13 +620,12 @@ def test_clients_that_come_and_leave_take_no_place_with_them(
 
 
 def test_prompts_that_share_their_beginning_are_asked_together(
-    folders: dict[str, Path], engine: FakeVLLM, tmp_path: Path
+    folders: dict[str, Path], engine: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one place, questions to two programs that come by turns are answered program by program."""
-    other = program_folder(tmp_path / "other", shots=1)
-    both = {"customers": folders["customers"], "words": folders["words"], "other": other}
+    monkeypatch.setattr(line, "_PASSED_OVER_S", 60.0)
     with (
-        listening(both, engine.url, tmp_path, limits=Limits(in_flight=1)) as (url, endpoint),
+        listening(folders, engine.url, tmp_path, limits=Limits(in_flight=1)) as (url, endpoint),
         ThreadPoolExecutor(10) as threads,
     ):
         heads = {name: list(live.edition.program.template.head) for name, live in endpoint.live.items()}
