@@ -8,7 +8,6 @@ A query goes through three stages, and each answer says how long they took:
 """
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing
@@ -36,6 +35,7 @@ from serving.upstream import Engine, Scores, UnreachableError, Upstream, togethe
 from serving.versions import Versions
 
 _NEW_TOKENS = 256
+_MOST = 1e9  # beyond it no number in an engine's answer makes sense
 _STAGES: tuple[Stage, ...] = ("retrieve", "queue", "model")
 
 
@@ -456,14 +456,17 @@ def _logprobs(told: Json | None) -> Json | None:
     """Tokens with their log-probabilities and those of their alternatives; within `sense`."""
     if told is None:
         return None
-    tokens, values = [str(token) for token in told["tokens"]], told["token_logprobs"]
-    tops = told.get("top_logprobs") or [None] * len(tokens)
-    offsets = [int(offset) for offset in told.get("text_offset") or []]
+    tokens, values = list(told["tokens"]), list(told["token_logprobs"])
+    tops = [top or {} for top in told.get("top_logprobs") or [{}] * len(tokens)]
+    offsets = list(told.get("text_offset") or [])
     if not len(tokens) == len(values) == len(tops):
         raise ValueError(f"{len(tokens)} tokens with {len(values)} log-probabilities and {len(tops)} lists of others")
-    for value in [*values, *(value for top in tops for value in (top or {}).values())]:
-        if not isinstance(value, int | float) or not math.isfinite(value):
+    for token, value in [*zip(tokens, values, strict=True), *(pair for top in tops for pair in top.items())]:
+        token.encode()
+        if not isinstance(value, int | float) or not -_MOST < value < _MOST:
             raise ValueError(f"a log-probability of {value!r}")
+    if any(type(offset) is not int for offset in offsets):
+        raise TypeError("an offset that is no number")
     return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
 
@@ -471,7 +474,7 @@ def _cost(usage: Json) -> Json:
     """What a text cost, in OpenAI's words; within `sense`."""
     details = usage.get("prompt_tokens_details") or {}
     counts = usage["prompt_tokens"], usage["completion_tokens"], details.get("cached_tokens") or 0
-    if any(type(count) is not int or count not in range(2**32) for count in counts):
+    if any(type(count) is not int or not 0 <= count < _MOST for count in counts):
         raise ValueError(f"a cost of {counts}")
     prompt, completion, cached = counts
     spent = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

@@ -172,8 +172,8 @@ def test_any_label(label: str, shop: Shop) -> None:
 
 
 NONSENSE: list[Any] = [
-    None, 0, -1, 1, 1e308, -1e308, 10**400, float("nan"), float("inf"), float("-inf"), "", "x", "\ud800", "token_id:5",
-    "token_id:", [], {}, [[]], {"a": 1}, True, ["x"] * 3,
+    None, 0, -1, 1, 1e308, -1e308, 2**70, float("nan"), "", "x", "\ud800", "token_id:5", "token_id:", [], {}, [[]],
+    {"a": 1}, True, ["x"] * 3,
 ]  # fmt: skip
 
 
