@@ -107,12 +107,15 @@ class _Watch(NamedTuple):
     monitor: DriftMonitor
     shadow: Shadow | None
 
-    def observe(self, edition: Edition, text: str, answer: Labelled) -> None:
-        if edition.version != self.version:  # a request that began before the version changed
-            return
-        scores = answer.prompt.selection.scores
-        self.monitor.observe(max(scores) if scores else None, answer.probabilities)
-        if self.shadow is not None and answer.sampled and answer.upper is None:
+    def observe(self, edition: Edition, prompt: Prompt, probabilities: Float[np.ndarray, " labels"]) -> None:
+        """Look for drift; `probabilities` of none where a text is generated."""
+        if edition.version == self.version:  # else the request began before the version changed
+            self.monitor.observe(max(prompt.selection.scores, default=None), probabilities)
+
+    def compare(self, edition: Edition, text: str, answer: Labelled) -> None:
+        """Ask the reference too, if the query is in its sample."""
+        shadowed = edition.version == self.version and answer.sampled and answer.upper is None
+        if self.shadow is not None and shadowed:
             self.shadow.offer(text, answer.probabilities)
 
     def close(self) -> None:
@@ -255,6 +258,7 @@ class Endpoint:
         """
         with self.line.admission():
             prompt = await self._preparer.prompt(edition.program, text)
+            self._watches[edition.name].observe(edition, prompt, np.empty(0))
             room = edition.engine.max_prompt_tokens - len(prompt.tokens)
             most = settings.get("max_tokens") or min(_NEW_TOKENS, room)
             if most > room or room < 1:
@@ -343,7 +347,8 @@ class Endpoint:
             completion=len(edition.program.label_words[best]),
         )
         self._metrics.answer(name, edition.program.labels[best])
-        self._watches[name].observe(edition, text, answer)
+        self._watches[name].observe(edition, answer.prompt, answer.probabilities)
+        self._watches[name].compare(edition, text, answer)
 
     def generated(self, edition: Edition, usage: Json) -> None:
         """Count a generated text by what it cost."""
@@ -456,18 +461,21 @@ def _logprobs(told: Json | None) -> Json | None:
     """Tokens with their log-probabilities and those of their alternatives; within `sense`."""
     if told is None:
         return None
-    tokens, values = list(told["tokens"]), list(told["token_logprobs"])
-    tops = [top or {} for top in told.get("top_logprobs") or [{}] * len(tokens)]
-    offsets = list(told.get("text_offset") or [])
+    tokens, values = list(told["tokens"]), [_number(value) for value in told["token_logprobs"]]
+    others = told.get("top_logprobs") or [{}] * len(tokens)
+    tops = [{token: _number(value) for token, value in (top or {}).items()} for top in others]
     if not len(tokens) == len(values) == len(tops):
         raise ValueError(f"{len(tokens)} tokens with {len(values)} log-probabilities and {len(tops)} lists of others")
-    for token, value in [*zip(tokens, values, strict=True), *(pair for top in tops for pair in top.items())]:
+    for token in (*tokens, *(token for top in tops for token in top)):
         token.encode()
-        if not isinstance(value, int | float) or not -_MOST < value < _MOST:
-            raise ValueError(f"a log-probability of {value!r}")
-    if any(type(offset) is not int for offset in offsets):
-        raise TypeError("an offset that is no number")
+    offsets = [int(_number(offset)) for offset in told.get("text_offset") or []]
     return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, int | float) or not -_MOST < value < _MOST:
+        raise ValueError(f"a number {value!r}")
+    return float(value)
 
 
 def _cost(usage: Json) -> Json:

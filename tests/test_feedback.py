@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import NASTY, in_a_new_process
 
+from icl_compiler import feedback as storing
 from icl_compiler.data import normalise_text
 from icl_compiler.errors import ServingError
 from icl_compiler.feedback import Correction, FeedbackStore, NoSuchCorrectionError, read_corrections
-from icl_compiler import feedback as storing
 
 VERSION = "0123456789ab"
 

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +13,11 @@ from fake_vllm import FakeVLLM, Trouble
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from httpx2 import Response
-from serving_toys import built, expected, fake_vllm, program_folder, served, told, translations
+from serving_toys import built, expected, fake_vllm, program_folder, served, told, translations, wait_until
 
 from icl_compiler.artifact import load_program
+from icl_compiler.backends.backend import Usage
+from icl_compiler.predictor import Predictions
 from serving.endpoint import Endpoint, Limits
 from serving.keys import KeyRing
 from serving.versions import version_of
@@ -798,3 +801,45 @@ def test_the_description_declares_what_can_come(shop: Shop) -> None:
             schema = operation["responses"]["429"]["content"]["application/json"]["schema"]
             assert schema == {"$ref": "#/components/schemas/ErrorAnswer"}
     assert set(described["components"]["schemas"]["ErrorDetail"]["properties"]) == {"message", "type", "param", "code"}
+
+
+def test_drift_is_looked_for_whatever_the_task(own: Shop) -> None:
+    client = own.client
+    client.post("/v1/completions", json={"model": "words", "prompt": "sun", "max_tokens": 2})
+    client.post("/v1/classify", json={"model": "customers", "input": "the parcel is late"})
+    said = client.get("/metrics").text
+    for program in ("words", "customers"):
+        assert f'icl_drift_alarm{{kind="unlike",program="{program}"}} 0.0' in said
+    assert 'icl_answers_total{label="other",program="words"} 1.0' in said
+    assert 'icl_drift_entropy_nats{program="customers"}' in said
+    assert 'icl_drift_entropy_nats{program="words"}' not in said
+
+
+def test_a_reference_is_asked_beside_the_program(folders: dict[str, Path], tmp_path: Path) -> None:
+    labels = load_program(folders["customers"]).labels[::-1]
+
+    class Reference:
+        def __init__(self) -> None:
+            self.labels = labels
+
+        def predict(self, texts: Sequence[str], *, progress: object = None) -> Predictions:
+            law = np.tile([0.5, 0.25, 0.25], (len(texts), 1))
+            return Predictions(self.labels, law, np.zeros(len(texts), dtype=np.int64), Usage(0, 0, 0), 0.0)
+
+    asked = {"customers": folders["customers"]}
+    references = {"customers": Reference()}
+    settings: dict[str, Any] = {"references": references, "shadow_rate": 1.0}
+    with fake_vllm() as engine, served(asked, engine.url, tmp_path, **settings) as (client, _):
+        body = {"model": "customers", "messages": [{"role": "user", "content": "my money is late"}]}
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+        law = expected(folders["customers"], "my money is late")
+        ours = np.array([law[label] for label in labels])
+        other = 1 - ours.sum()
+        tv = 0.5 * (np.abs(ours - [0.5, 0.25, 0.25]).sum() + other)
+
+        def gap() -> list[float]:
+            said = client.get("/metrics").text
+            return [float(n) for n in re.findall(r'^icl_shadow_gap{program="customers"} (\S+)$', said, re.MULTILINE)]
+
+        wait_until(gap)
+        assert gap() == pytest.approx([tv])
