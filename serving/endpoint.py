@@ -453,7 +453,7 @@ def _part(choice: Json, answers: int) -> Piece:
         raise ValueError(f"a text numbered {index!r} of {answers}")
     if not isinstance(text, str) or not isinstance(finish, str | None):
         raise TypeError(f"a text of type {type(text).__name__}, with an end of type {type(finish).__name__}")
-    text.encode()
+    (text + (finish or "")).encode()
     return Piece(index, text, finish, _logprobs(choice.get("logprobs")), None)
 
 

@@ -17,7 +17,7 @@ from hashed_words import HashedWords
 from icl_compiler import models
 from icl_compiler.artifact import write_manifest
 from icl_compiler.cli import main
-from icl_compiler.compile import _encoder
+from icl_compiler.compile import named_encoder
 from icl_compiler.registry import resolve
 
 
@@ -467,7 +467,7 @@ def test_a_missing_package(package: str, command: str, built: Path, monkeypatch:
 
 
 def test_an_embedded_model_that_is_not_installed(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _encoder.cache_clear()  # another test may have loaded the encoder in this process
+    named_encoder.cache_clear()  # another test may have loaded the encoder in this process
     monkeypatch.chdir(built)
     monkeypatch.setenv("ICL_CACHE", str(built / "empty"))
     monkeypatch.setattr(models.EmbeddedModel, "_folder", lambda _: None)
