@@ -117,7 +117,7 @@ def test_openai_understands_the_errors(client: OpenAI) -> None:
 def test_langchain(url: str, folders: dict[str, Path]) -> None:
     from langchain_core.output_parsers import StrOutputParser
     from langchain_core.prompts import ChatPromptTemplate
-    from langchain_openai import ChatOpenAI
+    from langchain_openai import ChatOpenAI, OpenAI
 
     model = ChatOpenAI(model="customers", base_url=f"{url}/v1", api_key="none")  # type: ignore[arg-type]
     prompt = ChatPromptTemplate.from_messages([("system", "You are a classifier."), ("user", "{text}")])
@@ -126,6 +126,7 @@ def test_langchain(url: str, folders: dict[str, Path]) -> None:
     assert chain.invoke({"text": TEXT}) == best
     assert "".join(chain.stream({"text": TEXT})) == best
     assert chain.batch([{"text": TEXT}, {"text": "a parcel"}])[0] == best
+    assert OpenAI(model="customers", base_url=f"{url}/v1", api_key="none").invoke(TEXT) == best  # type: ignore[arg-type]
 
 
 def test_curl(url: str, folders: dict[str, Path]) -> None:

@@ -58,7 +58,7 @@ class CountingModel:
         return HashedWords().encode(texts)
 
 
-def test_a_text_is_encoded_once(monkeypatch):
+def test_a_text_is_encoded_once():
     model = CountingModel()
     encoder = SentenceEncoder(lambda: pytest.fail("the model was asked for"))
     encoder.__dict__["_encoder"] = model
@@ -67,7 +67,7 @@ def test_a_text_is_encoded_once(monkeypatch):
     np.testing.assert_array_equal(encoder.encode(["d", "a"]), HashedWords().encode(["d", "a"]))
     assert model.encoded == ["a", "b", "c", "d"]
     # Memory is bounded: what is not asked for is forgotten, and encoded again when it is.
-    monkeypatch.setattr("retrievers.encoder._REMEMBERED", 4)
+    encoder.remembered = 4
     np.testing.assert_array_equal(encoder.encode(["e", "b"]), HashedWords().encode(["e", "b"]))
     assert sorted(encoder._known) == ["b", "e"]
     assert encoder.encode([]).shape == (0, 0)
