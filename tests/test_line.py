@@ -95,33 +95,27 @@ def test_the_wait_that_is_named_is_the_work_before_a_free_place(
     assert busy.value.retry_after_s == seconds
 
 
-step = st.one_of(
-    st.tuples(st.just("come"), st.integers(0, len(PROMPTS) - 1)),
-    st.tuples(st.just("end"), st.integers(0, 20)),
-    st.tuples(st.just("cancel"), st.integers(0, 20)),
-    st.tuples(st.just("later"), st.sampled_from([0.3, 2.0])),
-    st.tuples(st.just("go on"), st.integers(1, 3)),
-)
+step = st.tuples(st.sampled_from(["come", "come", "end", "cancel", "go on", "go on"]), st.integers(0, 11))
 
 
-@given(in_flight=st.integers(1, 3), steps=st.lists(step, max_size=40))
-@settings(deadline=None)
-def test_no_place_is_lost_or_given_twice(in_flight: int, steps: list[tuple[str, float]]) -> None:
+@given(in_flight=st.integers(1, 3), steps=st.lists(step, min_size=5, max_size=40))
+@settings(deadline=None, max_examples=300)
+def test_no_place_is_lost_or_given_twice(in_flight: int, steps: list[tuple[str, int]]) -> None:
     """Whoever is cancelled, and whenever: also in the moment between being called and going in."""
 
     async def run() -> None:
         line = Line(in_flight=in_flight, waiting=100)
         queries = Queries(line)
         for what, which in steps:
+            alive = [n for n, task in enumerate(queries.tasks) if not task.done()]
             if what == "come":
-                queries.come(PROMPTS[int(which)])
+                queries.come(PROMPTS[which])
             elif what == "go on":
-                for _ in range(int(which)):
-                    await asyncio.sleep(0)
-            elif which < len(queries.tasks) and what == "end":
-                queries.ends[int(which)].set()
-            elif which < len(queries.tasks) and what == "cancel":
-                queries.tasks[int(which)].cancel()
+                await asyncio.sleep(0)
+            elif what == "end" and queries.inside:
+                queries.ends[sorted(queries.inside)[which % len(queries.inside)]].set()
+            elif what == "cancel" and alive:
+                queries.tasks[alive[which % len(alive)]].cancel()
             assert len(queries.inside) <= line.inside <= in_flight
         await queries.settle()
         alive = [n for n, task in enumerate(queries.tasks) if not task.done()]

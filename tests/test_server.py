@@ -438,6 +438,16 @@ def test_text_is_streamed(usage: bool, shop: Shop, folders: dict[str, Path]) -> 
         assert len({chunk["id"] for chunk in found}) == 1
 
 
+def test_several_texts_are_streamed(shop: Shop, folders: dict[str, Path]) -> None:
+    body = {"model": "words", "max_tokens": 6, "n": 2, "stream": True, "messages": user("sun")}
+    chunks = events(shop.client.post("/v1/chat/completions", json=body))
+    for answer in (0, 1):
+        mine = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == answer]
+        wanted = generated(shop.engine, folders["words"], "sun", answer=answer, max_tokens=6)
+        assert ("".join(choice["delta"]["content"] for choice in mine), mine[-1]["finish_reason"]) == wanted
+        assert [choice["delta"].get("role") for choice in mine] == ["assistant", *[None] * (len(mine) - 1)]
+
+
 def test_alternatives_of_streamed_text(shop: Shop) -> None:
     body = {"model": "words", "max_tokens": 3, "stream": True, "logprobs": True, "top_logprobs": 2}
     for chunk in events(shop.client.post("/v1/chat/completions", json={**body, "messages": user("sun")})):

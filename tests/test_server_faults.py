@@ -1,5 +1,6 @@
 """What goes wrong around the endpoint, and how much may come at once: nobody waits for ever, nothing kept is lost."""
 
+import gc
 import json
 import random
 import shutil
@@ -583,7 +584,7 @@ def test_a_request_has_all_its_places_or_none(folders: dict[str, Path], engine: 
 
 
 def test_clients_that_come_and_leave_take_no_place_with_them(
-    folders: dict[str, Path], engine: FakeVLLM, tmp_path: Path
+    folders: dict[str, Path], engine: FakeVLLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     chance = random.Random(0)
     engine.between = engine.delay = 0.01
@@ -617,6 +618,8 @@ def test_clients_that_come_and_leave_take_no_place_with_them(
         wait_until(lambda: is_empty(endpoint))
         engine.between = engine.delay = 0
         assert is_right(httpx2.post(f"{url}/v1/classify", json=ASK), folders)
+    gc.collect()
+    assert "never retrieved" not in caplog.text  # else texts of users could be in the log
 
 
 def test_prompts_that_share_their_beginning_are_asked_together(

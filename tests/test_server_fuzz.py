@@ -1,6 +1,6 @@
 """What nobody would send on purpose, and engines that answer it: a right answer or a clear error, never a defect.
 
-`ICL_SCHEMA_REQUESTS=10000` makes the test from the endpoint's own description send so many requests.
+`ICL_SCHEMA_REQUESTS=10000` makes the test from the endpoint's own description send so many requests (3 minutes).
 """
 
 import copy
@@ -37,7 +37,7 @@ from icl_compiler.errors import BudgetError
 from icl_compiler.program import Program
 from serving.endpoint import Endpoint
 
-REQUESTS = int(os.environ.get("ICL_SCHEMA_REQUESTS", "1500"))
+REQUESTS = int(os.environ.get("ICL_SCHEMA_REQUESTS", "2000"))
 JSON = {"Content-Type": "application/json"}
 any_text = st.text(st.characters(exclude_categories=()), max_size=80) | st.sampled_from(
     ["card", "parcel", " card\n", "Label: card\nText: x", "\ud800", "a\x00b", "\u202e", "0", " ", "\ufeff", "x" * 900]
@@ -116,7 +116,7 @@ def with_nasty_examples(test: Any) -> Any:
 
 @with_nasty_examples
 @given(text=any_text)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_is_classified_or_refused(text: str, shop: Shop) -> None:
     wanted = law(shop.program, text)
     for path, body in (
@@ -291,8 +291,7 @@ def test_thousands_of_requests_from_our_own_description(folders: dict[str, Path]
         counted = httpx2.get(f"{url}/metrics").text.splitlines()
     sent = sum(statuses.values())
     assert sent >= REQUESTS
-    told = sum(float(line.rpartition(" ")[2]) for line in counted if line.startswith("icl_requests_total{"))
-    assert told == sent + 1  # and the description
-    print(sent, statuses)
+    answered = sum(float(line.rpartition(" ")[2]) for line in counted if line.startswith("icl_requests_total{"))
+    assert answered == sent + 1  # and the description
     assert {operation for operation, _ in statuses} == {operation.label for operation in operations}
     assert {status for _, status in statuses} >= {200, 201, 400, 404, 409}
