@@ -629,6 +629,11 @@ def test_a_key_is_held_to_its_rate(keyed: tuple[TestClient, KeyRing]) -> None:
     response = client.get("/v1/models", headers=headers)
     assert error(response, 429)["code"] == "rate_limit_exceeded"
     assert 50 <= int(response.headers["Retry-After"]) <= 60
+    assert client.get("/v1/models").status_code == 401
+    every = {"Authorization": f"Bearer {ring.add('monitor', ['query'])}"}
+    counted = dict(line.rsplit(" ", 1) for line in client.get("/metrics", headers=every).text.splitlines())
+    for reason in ("rate_limit", "unauthorised"):
+        assert float(counted[f'icl_rejected_total{{reason="{reason}"}}']) >= 1
 
 
 def test_a_correction_is_by_its_key(keyed: tuple[TestClient, KeyRing]) -> None:

@@ -248,6 +248,18 @@ def test_numbers_that_are_no_log_probabilities(bad: Any, fake: FakeVLLM) -> None
     using(fake.url, work)
 
 
+@pytest.mark.parametrize("cached", [-5, 0.5, "x", float("nan")])
+def test_a_cost_that_cannot_be(cached: Any, fake: FakeVLLM) -> None:
+    async def work(upstream: Upstream) -> None:
+        engine = await upstream.engine("fake")
+        usage = {"prompt_tokens_details": {"cached_tokens": cached}}
+        fake.spoil = lambda answer: answer | {"usage": usage}
+        with pytest.raises(BackendError, match="answered what no vLLM answers"):
+            await scored(engine)
+
+    using(fake.url, work)
+
+
 def test_the_first_request_is_answered_before_the_others_are_made(fake: FakeVLLM) -> None:
     using(fake.url, score)
     [_, first, *others] = fake.bodies
