@@ -213,14 +213,8 @@ class Endpoint:
             )
         if len(texts) > self.line.places:
             raise RequestError(f"{len(texts)} texts are too many for one request; send at most {self.line.places}")
-        found: list[Labelled | None] = [None] * len(texts)
-
-        async def one(place: int) -> None:
-            found[place] = await self._label(edition, texts[place], top)
-
         with self.line.admission(len(texts)):
-            await together([one(place) for place in range(len(texts))])
-        return [labelled for labelled in found if labelled is not None]
+            return await together([self._label(edition, text, top) for text in texts])
 
     async def _label(self, edition: Edition, text: str, top: int | None) -> Labelled:
         started = time.perf_counter()

@@ -357,7 +357,7 @@ async def _generated(
         chunks = _grown(endpoint, edition, first, pieces, head, body, chat=chat)
         return EventStream(chunks, stalled_s=endpoint.limits.deadline_s)
     wanted = [_whole(endpoint, edition, text, settings, body.n) for text in texts]
-    found = await _while_wanted(request, endpoint.limits.deadline_s, _gather(wanted))
+    found = await _while_wanted(request, endpoint.limits.deadline_s, together(wanted))
     choices = [
         choice(place * body.n + index, text, finish, logprobs, chat=chat)
         for place, (answers, _) in enumerate(found)
@@ -365,16 +365,6 @@ async def _generated(
     ]
     usage = total([cost for _, cost in found])
     return {**head, "object": "chat.completion" if chat else "text_completion", "choices": choices, "usage": usage}
-
-
-async def _gather(jobs: list[Coroutine[Any, Any, T]]) -> list[T]:
-    found: dict[int, T] = {}
-
-    async def one(place: int, job: Coroutine[Any, Any, T]) -> None:
-        found[place] = await job
-
-    await together([one(place, job) for place, job in enumerate(jobs)])
-    return [found[place] for place in range(len(jobs))]
 
 
 async def _next(pieces: AsyncGenerator[Piece, None]) -> Piece | None:

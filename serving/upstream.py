@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import httpx2
 import numpy as np
@@ -38,6 +38,7 @@ _KEEP_ALIVE_S = 2.0  # vLLM closes an idle connection after 5
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 _MOST_ERRORS = 3  # 500s, of which one may be an engine about to end
 
+T = TypeVar("T")
 Observe = Callable[[Literal["ok", "retried", "failed"]], object]
 """Called with what became of a request."""
 
@@ -286,11 +287,11 @@ class Engine:
         return self.upstream.stream(complete(self.served, {"prompt": prompt, **told, **settings}))
 
 
-async def together(jobs: Sequence[Coroutine[Any, Any, object]]) -> None:
-    """Run all at once; the first error cancels the others, and is raised by itself."""
+async def together(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run all at once; what each returns, in order. The first error cancels the others, and is raised by itself."""
     try:
         async with asyncio.TaskGroup() as group:
-            for job in jobs:
-                group.create_task(job)
+            tasks = [group.create_task(job) for job in jobs]
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
