@@ -93,6 +93,7 @@ def finetune(
       icl finetune train.csv -o reference-1 --seed 1
       icl finetune train.csv -o quick --first-layer 20 --examples 500
     """
+    from evaluation.reference.full import Full
     from evaluation.reference.loop import LoopSettings
     from evaluation.reference.trainer import finetune as train_reference
     from icl_compiler.artifact import require_replaceable
@@ -111,7 +112,7 @@ def finetune(
             output,
             model=model,
             template=template,
-            first_layer=first_layer,
+            method=Full(first_layer),
             held_out=held_out,
             settings=settings,
             report=report,
@@ -446,6 +447,7 @@ def pool_sizes(program: "Program", examples: Sequence[int]) -> list[int]:
 
 
 def _demo_reference(pool: "Dataset", folder: Path, seed: int) -> "Reference":
+    from evaluation.reference.full import Full
     from evaluation.reference.loop import LoopSettings
     from evaluation.reference.trainer import finetune as train_reference
     from evaluation.reference.trainer import load_reference
@@ -463,7 +465,7 @@ def _demo_reference(pool: "Dataset", folder: Path, seed: int) -> "Reference":
             say(f"     {folder} is damaged and is trained again")
     settings = LoopSettings(epochs=4, learning_rate=3e-4, seed=seed)
     with _training_bar(f"seed {seed}") as report:
-        reference = train_reference(pool, folder, first_layer=20, settings=settings, report=report)
+        reference = train_reference(pool, folder, method=Full(20), settings=settings, report=report)
     best = min(check.held_out_loss for check in reference.curve)
     say(f"     {folder}: {reference.method}, held-out loss {best:.3f}, {reference.curve[-1].seconds:.0f} s")
     return reference

@@ -1,8 +1,8 @@
 """From a dataset to a reference on disk, and from there to a predictor.
 
-manifest.json        method, base model, data, seed, settings, curve, hashes
-template.jinja       the template the model was trained with
-model.safetensors ...  an ordinary checkpoint with its tokenizer: `transformers` and vLLM load the folder
+manifest.json    method, base model, data, seed, settings, curve, hashes
+template.jinja   the template the model was trained with
+...              what the method learned: of full fine-tuning an ordinary checkpoint, of the others what differs from it
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,18 @@ from typing import Any
 
 import torch
 
-from evaluation.reference.full import FullFineTuning, TrainingExample, count_tokens
-from evaluation.reference.loop import Check, LoopSettings, Report, train
+from evaluation.reference.full import Full
+from evaluation.reference.loop import Check, LoopSettings, Report
+from evaluation.reference.method import METHODS, Method, Task, name_of
+from evaluation.reference.objective import TrainingExample, count_tokens
 from icl_compiler.artifact import new_folder, read_manifest, require_replaceable, write_manifest
+from icl_compiler.backends.hf_transformers import TransformersBackend
 from icl_compiler.compile import DEFAULT_TEMPLATES, load_tokenizer, zero_shot_program
 from icl_compiler.data import Dataset
 from icl_compiler.errors import ContextLengthError, TrainingError
-from icl_compiler.models import load_causal_lm, locate
-from icl_compiler.predictor import PromptedPredictor, open_backend
+from icl_compiler.models import locate
+from icl_compiler.predictor import PromptedPredictor
+from icl_compiler.registry import resolve
 from icl_compiler.templates import EncodedTemplate, Template
 
 
@@ -28,7 +32,7 @@ class Reference:
     """A fine-tuned model on disk, described.
 
     Attributes:
-        folder: an ordinary checkpoint.
+        folder: where it lies.
         labels: in the order of all probabilities.
         curve: every look at the held-out examples while it was trained.
     """
@@ -50,8 +54,14 @@ class Reference:
 
     def predictor(self, *, dtype: str = "auto") -> PromptedPredictor:
         """The reference as a predictor: its template without shots, before the fine-tuned model."""
-        program = zero_shot_program(self.labels, self.template, model=str(self.folder))
-        return PromptedPredictor(program, open_backend("transformers", str(self.folder), dtype=dtype))
+        program = zero_shot_program(self.labels, self.template, model=self.base_model)
+        return PromptedPredictor(program, TransformersBackend(str(self.folder), dtype, network=self.network()))
+
+    def network(self) -> Any:
+        """The fine-tuned model, a `transformers.PreTrainedModel` in float32 on the processor."""
+        manifest = read_manifest(self.folder, kind="reference")
+        how = manifest.get("how", {"name": "full"})  # all there was until 0.3.0
+        return resolve("method", METHODS, how["name"], trusted=False).network(self.folder, manifest)
 
 
 def finetune(
@@ -59,8 +69,8 @@ def finetune(
     folder: Path,
     *,
     model: str = "smollm2-135m",
+    method: Method | None = None,
     template: str | None = None,
-    first_layer: int = 0,
     held_out: float = 0.1,
     settings: LoopSettings | None = None,
     report: Report | None = None,
@@ -68,7 +78,7 @@ def finetune(
     """Fine-tune `model` on `data` and save it as `folder`, with the best held-out loss.
 
     Args:
-        first_layer: the lowest layer that is trained; 0 trains the whole model.
+        method: one of `method.METHODS`, with its settings; by default all weights are trained.
         held_out: share of the rows that is never trained on, for early stopping; at most 200 rows.
 
     Raises:
@@ -76,6 +86,7 @@ def finetune(
         ArtifactError: if `folder` is something else than a reference, or cannot be written.
     """
     settings = settings or LoopSettings()
+    method = method or Full()
     if data.task != "classification":
         raise TrainingError("references are trained on labels; this dataset has targets")
     if model == "echo":
@@ -93,36 +104,28 @@ def finetune(
     tokenizer = load_tokenizer(model)
     encoded = EncodedTemplate.build(text_template, tokenizer, data.labels)
     encoded.label_words()
+    task = Task(model, _examples(encoded, trained), _examples(encoded, stopped_on), data.labels, trained.answers)
+    _require_fit([*task.train, *task.held_out], _context(model), model)
     torch.manual_seed(settings.seed)
-    network: Any = load_causal_lm(model, torch.float32)
-    training, stopping = _examples(encoded, trained), _examples(encoded, stopped_on)
-    _require_fit([*training, *stopping], network.config.get_text_config().max_position_embeddings, model)
-    gpu = torch.cuda.is_available()
-    network.to("cuda" if gpu else "cpu").train()
-    method = FullFineTuning(
-        network,
-        training,
-        stopping,
-        first_layer=first_layer,
-        bfloat16=gpu or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
-    )
-    curve = train(method, examples=len(trained), held_out=len(stopped_on), settings=settings, report=report)
-    name = "full fine-tuning" if first_layer == 0 else f"fine-tuning from layer {first_layer} on"
+    fitted = method.fit(task, settings, report)
     with new_folder(folder) as draft:
-        network.to(torch.bfloat16).save_pretrained(draft)
+        fitted.save(draft)
         _save_tokenizer(locate(model), draft)
         (draft / "template.jinja").write_text(text_template.source, encoding="utf-8")
         write_manifest(
             draft,
             {
                 "kind": "reference",
-                "method": name,
+                "method": method.description,
+                "how": {"name": name_of(method), **vars(method)},
                 "base_model": model,
                 "labels": list(data.labels),
                 "template": text_template.name,
-                "settings": {**asdict(settings), "first_layer": first_layer, "held_out": held_out},
+                "settings": {**asdict(settings), "held_out": held_out},
+                "trained_parameters": fitted.trained_parameters,
                 "data": {"rows": len(trained), "held_out_rows": len(stopped_on), "sha256": data.content_hash},
-                "curve": [check._asdict() for check in curve],
+                "curve": [check._asdict() for check in fitted.curve],
+                **fitted.facts,
             },
         )
     return load_reference(folder)
@@ -170,6 +173,13 @@ def _require_labels(data: Dataset, trained: Dataset) -> None:
             f"{len(missing)} labels have no example left to train on ({names}); give more examples of them, "
             "or a smaller held-out share"
         )
+
+
+def _context(model: str) -> int:
+    from transformers import AutoConfig
+
+    context: int = AutoConfig.from_pretrained(locate(model)).get_text_config().max_position_embeddings
+    return context
 
 
 def _save_tokenizer(location: str, folder: Path) -> None:

@@ -29,17 +29,18 @@ class FrozenModel:
     Args:
         name: an embedded model (`icl models list`), a folder, or a name on the model hub.
         dtype: `auto` is bfloat16 where the processor computes in it, else float32.
+        network: the model itself, where it is loaded already; `name` then is what messages call it.
 
     Raises:
         ModelError: if there is no such model, or it has layers that see a part of the prompt only.
     """
 
-    def __init__(self, name: str, dtype: str = "auto") -> None:
+    def __init__(self, name: str, dtype: str = "auto", *, network: Any = None) -> None:
         self.on_gpu = torch.cuda.is_available()
         self._dtype = _choose_dtype(dtype, gpu=self.on_gpu)
         self._device = torch.device("cuda" if self.on_gpu else "cpu")
-        self.network: Any = load_causal_lm(name, self._dtype)
-        self.network.to(self._device).eval()
+        self.network: Any = load_causal_lm(name, self._dtype) if network is None else network
+        self.network.to(self._device, self._dtype).eval()
         config = self.network.config.get_text_config()
         _require_full_attention(name, config)
         self.max_tokens: int = config.max_position_embeddings

@@ -42,11 +42,12 @@ class TransformersBackend:
         model: an embedded model (`icl models list`), a folder, or a name on the model hub.
         dtype: `auto` is bfloat16 where the processor computes in it, else float32.
         tree_tokens: about how many new tokens one forward pass takes; more uses more memory.
+        network: the model itself, where it is loaded already; `model` then is what messages call it.
     """
 
-    def __init__(self, model: str, dtype: str = "auto", *, tree_tokens: int | None = None) -> None:
+    def __init__(self, model: str, dtype: str = "auto", *, tree_tokens: int | None = None, network: Any = None) -> None:
         self.model = model
-        self._model = FrozenModel(model, dtype)
+        self._model = FrozenModel(model, dtype, network=network)
         self.device = self._model.device
         self.max_prompt_tokens = self._model.max_tokens
         self._tree_tokens = tree_tokens or (8192 if self._model.on_gpu else 512)

@@ -6,7 +6,8 @@ import torch
 from tiny_model import save_tiny_model
 from transformers import AutoModelForCausalLM
 
-from evaluation.reference.full import FullFineTuning, TrainingExample, count_tokens
+from evaluation.reference.full import unfreeze
+from evaluation.reference.objective import AnswerLoss, TrainingExample, count_tokens
 from icl_compiler.errors import TrainingError
 
 EXAMPLES = [
@@ -30,8 +31,9 @@ def plain_loss(model: torch.nn.Module, example: TrainingExample) -> torch.Tensor
     return model(ids, labels=labels).loss * len(example.answer)
 
 
-def method(model: torch.nn.Module, **options: object) -> FullFineTuning:
-    return FullFineTuning(model, EXAMPLES, EXAMPLES[:2], bfloat16=False, **options)
+def method(model: torch.nn.Module, first_layer: int = 0) -> AnswerLoss:
+    unfreeze(model, first_layer)
+    return AnswerLoss(model, EXAMPLES, EXAMPLES[:2], frontier=first_layer, bfloat16=False)
 
 
 @pytest.mark.parametrize("first_layer", [0, 1])
