@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from evaluation.reference.loop import LoopSettings, Report, train
-from evaluation.reference.method import Fitted, Task
+from evaluation.reference.method import Fitted, Method, Task
 from icl_compiler.errors import TrainingError
 from icl_compiler.models import load_causal_lm
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(Method):
     """All weights from a layer on.
 
     Attributes:
@@ -41,7 +41,14 @@ class Full:
         model = task.load(torch.float32)
         parameters = unfreeze(model, self.first_layer)
         objective = task.objective(model, frontier=self.first_layer)
-        curve = train(objective, examples=len(task.train), held_out=len(task.held_out), settings=loop, report=report)
+        curve = train(
+            objective,
+            examples=len(task.train),
+            held_out=len(task.held_out),
+            settings=loop,
+            report=report,
+            checkpoint=task.checkpoint,
+        )
 
         def save(folder: Path) -> None:
             model.to(torch.bfloat16).save_pretrained(folder)

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from evaluation.reference.checkpoint import Checkpoint
 from icl_compiler.errors import TrainingError
 
 
@@ -62,9 +63,17 @@ Report = Callable[[int, int, float, float | None], object]
 
 
 def train(
-    method: Trainable, *, examples: int, held_out: int, settings: LoopSettings, report: Report | None = None
+    method: Trainable,
+    *,
+    examples: int,
+    held_out: int,
+    settings: LoopSettings,
+    report: Report | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[Check]:
     """Train `method` in place and leave it at its best held-out loss; the curve of all checks.
+
+    With a `checkpoint` it goes on where it was killed.
 
     Raises:
         TrainingError: if a split is empty, or the loss is not a finite number.
@@ -80,14 +89,27 @@ def train(
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, foreach=True
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps))
     stream = np.random.default_rng(settings.seed)
+    checkpoint = checkpoint or Checkpoint()
     curve: list[Check] = []
     best: list[torch.Tensor] = []
     running: list[float] = []
-    started = time.perf_counter()
     order: list[int] = []
-    for step in range(1, steps + 1):
+    done = 0
+    started = time.perf_counter()
+    if (kept := checkpoint.load()) is not None:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept["parameters"], strict=True):
+                parameter.copy_(value)
+        optimizer.load_state_dict(kept["optimizer"])
+        schedule.load_state_dict(kept["schedule"])
+        stream.bit_generator.state = kept["stream"]
+        curve = [Check(*check) for check in kept["curve"]]
+        best = [value.to(parameter.device) for parameter, value in zip(parameters, kept["best"], strict=True)]
+        order, done = kept["order"], kept["step"]
+        started -= curve[-1].seconds
+    for step in range(done + 1, steps + 1):
         if not order:
             order = stream.permutation(examples).tolist()
         rows, order = order[: settings.batch_size], order[settings.batch_size :]
@@ -112,6 +134,19 @@ def train(
                 best = [parameter.detach().clone() for parameter in parameters]
             elif len(curve) - 1 - int(np.argmin(losses)) >= settings.patience:
                 break
+            if checkpoint.due:
+                checkpoint.save(
+                    {
+                        "parameters": [parameter.detach() for parameter in parameters],
+                        "optimizer": optimizer.state_dict(),
+                        "schedule": schedule.state_dict(),
+                        "stream": stream.bit_generator.state,
+                        "curve": [tuple(check) for check in curve],
+                        "best": best,
+                        "order": order,
+                        "step": step,
+                    }
+                )
         if report is not None:
             report(step, steps, loss.item(), min((c.held_out_loss for c in curve), default=None))
     with torch.no_grad():
@@ -133,7 +168,8 @@ def held_out_loss(method: Trainable, count: int, batch_size: int) -> float:
     return loss
 
 
-def _rate(step: int, steps: int) -> float:
+def rate_at(step: int, steps: int) -> float:
+    """The share of the learning rate at a step: a tenth of all steps up to 1, then a cosine to 0."""
     warm_up = max(1, steps // 10)
     if step < warm_up:
         return (step + 1) / warm_up

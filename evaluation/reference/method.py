@@ -4,19 +4,46 @@ A method is a frozen dataclass of its own settings; `METHODS` names them. What a
 folder, manifest) stands in `trainer.py`, the loss in `objective.py`, the loop in `loop.py`.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Protocol,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 import torch
 
+from evaluation.reference.checkpoint import Checkpoint
 from evaluation.reference.loop import Check, LoopSettings, Report
 from evaluation.reference.objective import AnswerLoss, TrainingExample
+from icl_compiler.backends.hf_transformers import TransformersBackend
+from icl_compiler.compile import zero_shot_program
+from icl_compiler.errors import TrainingError
 from icl_compiler.models import load_causal_lm
+from icl_compiler.predictor import Predictor, PromptedPredictor
+from icl_compiler.registry import did_you_mean, resolve
+from icl_compiler.templates import EncodedTemplate
+
+if TYPE_CHECKING:
+    from evaluation.reference.trainer import Reference
 
 METHODS: Mapping[str, str] = {
+    "rsr": "evaluation.reference.rsr.rsr:RSR",
+    "loreft": "evaluation.reference.loreft:LoReFT",
+    "lora": "evaluation.reference.peft_methods:LoRA",
+    "shira": "evaluation.reference.peft_methods:SHiRA",
     "full": "evaluation.reference.full:Full",
+    "head": "evaluation.reference.head:Head",
 }
 
 
@@ -26,7 +53,10 @@ class Task:
 
     Attributes:
         model: an embedded model, a folder, or a name on the model hub.
-        labels: of a classification, in the order of all probabilities; each example's label stands in `answers`.
+        labels: of a classification, in the order of all probabilities; each example's label stands in `answers`, and
+            in `held_out_answers`.
+        template: what the prompts were written with.
+        checkpoint: where a training that is killed is taken up again.
     """
 
     model: str
@@ -34,6 +64,9 @@ class Task:
     held_out: Sequence[TrainingExample]
     labels: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
+    held_out_answers: tuple[str, ...] = ()
+    template: EncodedTemplate | None = None
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
     gpu: bool = field(default_factory=torch.cuda.is_available)
 
     @property
@@ -79,7 +112,13 @@ class Fitted(NamedTuple):
 
 @runtime_checkable
 class Method(Protocol):
-    """A way to fine-tune."""
+    """A way to fine-tune; a frozen dataclass of its settings.
+
+    Attributes:
+        learning_rate: of AdamW, where the user names none.
+    """
+
+    learning_rate: ClassVar[float] = 2e-4
 
     @property
     def description(self) -> str:
@@ -92,6 +131,13 @@ class Method(Protocol):
     def network(folder: Path, manifest: Mapping[str, Any]) -> Any:
         """The model with what was learned, from what `Fitted.save` wrote; weights in float32, on the processor."""
 
+    @classmethod
+    def predictor(cls, reference: "Reference", dtype: str) -> Predictor:
+        """The reference's template without shots, before the fine-tuned model."""
+        program = zero_shot_program(reference.labels, reference.template, model=reference.base_model)
+        folder = str(reference.folder)
+        return PromptedPredictor(program, TransformersBackend(folder, dtype, network=reference.network()))
+
 
 def name_of(method: Method) -> str:
     """The name of a method in `METHODS`.
@@ -102,3 +148,61 @@ def name_of(method: Method) -> str:
     """
     path = f"{type(method).__module__}:{type(method).__qualname__}"
     return next(name for name, known in METHODS.items() if known == path)
+
+
+def method_class(name: str) -> Any:
+    """The class of a method, a `Method` (a protocol with values, of which a class cannot be checked to be one).
+
+    Raises:
+        RegistryError: if there is no such method.
+        MissingDependencyError: if it needs a package that is not installed.
+    """
+    return resolve("method", METHODS, name, trusted=False)
+
+
+def make_method(name: str, settings: Mapping[str, str]) -> Method:
+    """A method with settings as they are typed: numbers and lists as in JSON, anything else is text.
+
+    >>> make_method("full", {"first_layer": "20"})
+    Full(first_layer=20)
+
+    Raises:
+        RegistryError: if there is no such method.
+        TrainingError: if it has no such setting, or the value is none for it.
+    """
+    kind = method_class(name)
+    hints = get_type_hints(kind)
+    known = {field.name: hints[field.name] for field in fields(kind)}
+    values = {}
+    for key, text in settings.items():
+        if key not in known:
+            has = did_you_mean(key, known) if known else "It has none."
+            raise TrainingError(f"the method {name!r} has no setting {key!r}. {has}")
+        values[key] = _read(key, text, known[key])
+    method: Method = kind(**values)
+    return method
+
+
+def _read(key: str, text: str, kind: Any) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    value = tuple(value) if isinstance(value, list) else value
+    allowed = [get_origin(part) or part for part in get_args(kind) or (kind,)]
+    if get_origin(kind) is Literal:
+        allowed = [str]
+    fits = isinstance(value, tuple(allowed)) and (bool in allowed or not isinstance(value, bool))
+    if not fits and not (float in allowed and type(value) is int):
+        raise TrainingError(f"{key} should be {_words(kind)}, is {text!r}")
+    return value
+
+
+def _words(kind: Any) -> str:
+    """A type for people: `int | None` is a whole number or null."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    if get_origin(kind) is tuple:
+        return "a list, as [1, 2]"
+    return " or ".join(_words(part) for part in get_args(kind)) or names[kind]

@@ -83,7 +83,7 @@ class AnswerLoss:
         """What the model says at the tokens of each example's answer."""
         examples = [self._examples[held_out][row] for row in rows]
         sequences = [[*example.prompt, *example.answer[:-1]] for example in examples]
-        tree = PrefixTree.build(sequences)
+        tree = PrefixTree.build(sequences).padded()  # kernels are made for every new size
         predicting = [path[len(e.prompt) - 1 :] for e, path in zip(examples, tree.paths, strict=True)]
         positions = torch.from_numpy(tree.positions)[None].to(self._device)
         mask = torch.from_numpy(tree.ancestors)[None, None].to(self._device)
@@ -124,7 +124,7 @@ class AnswerLoss:
                     torch.bfloat16 if self._bfloat16 else torch.float32
                 )
         width = next(iter(self._inputs.values())).shape[-1]
-        joined = torch.empty(len(tree.tokens), width, device=self._device)
+        joined = torch.zeros(len(tree.tokens), width, device=self._device)
         for row, path in zip(rows, tree.paths, strict=True):
             joined[torch.from_numpy(path).to(self._device)] = self._inputs[held_out, row].float()
         return joined[None]

@@ -5,6 +5,7 @@ template.jinja   the template the model was trained with
 ...              what the method learned: of full fine-tuning an ordinary checkpoint, of the others what differs from it
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,18 +13,17 @@ from typing import Any
 
 import torch
 
+from evaluation.reference.checkpoint import Checkpoint
 from evaluation.reference.full import Full
 from evaluation.reference.loop import Check, LoopSettings, Report
-from evaluation.reference.method import METHODS, Method, Task, name_of
+from evaluation.reference.method import Method, Task, method_class, name_of
 from evaluation.reference.objective import TrainingExample, count_tokens
 from icl_compiler.artifact import new_folder, read_manifest, require_replaceable, write_manifest
-from icl_compiler.backends.hf_transformers import TransformersBackend
-from icl_compiler.compile import DEFAULT_TEMPLATES, load_tokenizer, zero_shot_program
+from icl_compiler.compile import DEFAULT_TEMPLATES, load_tokenizer
 from icl_compiler.data import Dataset
 from icl_compiler.errors import ContextLengthError, TrainingError
 from icl_compiler.models import locate
-from icl_compiler.predictor import PromptedPredictor
-from icl_compiler.registry import resolve
+from icl_compiler.predictor import Predictor
 from icl_compiler.templates import EncodedTemplate, Template
 
 
@@ -41,6 +41,7 @@ class Reference:
     labels: tuple[str, ...]
     template: Template
     method: str
+    method_name: str
     base_model: str
     seed: int
     examples: int
@@ -52,16 +53,18 @@ class Reference:
         """In words: `full fine-tuning, seed 0, 1,000 examples`."""
         return f"{self.method}, seed {self.seed}, {self.examples:,} examples"
 
-    def predictor(self, *, dtype: str = "auto") -> PromptedPredictor:
-        """The reference as a predictor: its template without shots, before the fine-tuned model."""
-        program = zero_shot_program(self.labels, self.template, model=self.base_model)
-        return PromptedPredictor(program, TransformersBackend(str(self.folder), dtype, network=self.network()))
+    def predictor(self, *, dtype: str = "auto") -> Predictor:
+        """The reference as a predictor of its labels."""
+        predictor: Predictor = self._how.predictor(self, dtype)
+        return predictor
 
     def network(self) -> Any:
         """The fine-tuned model, a `transformers.PreTrainedModel` in float32 on the processor."""
-        manifest = read_manifest(self.folder, kind="reference")
-        how = manifest.get("how", {"name": "full"})  # all there was until 0.3.0
-        return resolve("method", METHODS, how["name"], trusted=False).network(self.folder, manifest)
+        return self._how.network(self.folder, read_manifest(self.folder, kind="reference"))
+
+    @property
+    def _how(self) -> Any:
+        return method_class(self.method_name)
 
 
 def finetune(
@@ -74,10 +77,15 @@ def finetune(
     held_out: float = 0.1,
     settings: LoopSettings | None = None,
     report: Report | None = None,
+    checkpoint_every_s: float = 120.0,
 ) -> Reference:
     """Fine-tune `model` on `data` and save it as `folder`, with the best held-out loss.
 
+    A training that is killed is taken up again by the same call: its state lies beside `folder` until it is done.
+
     Args:
+        method: in words.
+        method_name: in `method.METHODS`.
         method: one of `method.METHODS`, with its settings; by default all weights are trained.
         held_out: share of the rows that is never trained on, for early stopping; at most 200 rows.
 
@@ -104,7 +112,21 @@ def finetune(
     tokenizer = load_tokenizer(model)
     encoded = EncodedTemplate.build(text_template, tokenizer, data.labels)
     encoded.label_words()
-    task = Task(model, _examples(encoded, trained), _examples(encoded, stopped_on), data.labels, trained.answers)
+    examples, held_out_examples = _examples(encoded, trained), _examples(encoded, stopped_on)
+    asked = {"method": name_of(method), **vars(method), "loop": asdict(settings), "model": model}
+    asked |= {"data": data.content_hash, "held_out": held_out, "template": text_template.source}
+    target = folder.resolve()
+    checkpoint = Checkpoint(target.with_name(f".{target.name}.training"), json.dumps(asked), every_s=checkpoint_every_s)
+    task = Task(
+        model,
+        examples,
+        held_out_examples,
+        data.labels,
+        trained.answers,
+        stopped_on.answers,
+        encoded,
+        checkpoint,
+    )
     _require_fit([*task.train, *task.held_out], _context(model), model)
     torch.manual_seed(settings.seed)
     fitted = method.fit(task, settings, report)
@@ -128,6 +150,7 @@ def finetune(
                 **fitted.facts,
             },
         )
+    checkpoint.remove()
     return load_reference(folder)
 
 
@@ -143,6 +166,7 @@ def load_reference(folder: Path) -> Reference:
         tuple(manifest["labels"]),
         Template(manifest["template"], (folder / "template.jinja").read_text(encoding="utf-8")),
         manifest["method"],
+        manifest.get("how", {"name": "full"})["name"],  # until 0.3.0 there was no other
         manifest["base_model"],
         manifest["settings"]["seed"],
         manifest["data"]["rows"],
