@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from evaluation.reference_cli import training_bar
 from icl_compiler.command_line import (
     FiniteNumber,
     OutputFile,
@@ -17,125 +18,21 @@ from icl_compiler.command_line import (
     engine_options,
     json_option,
     label_column_option,
-    model_option,
-    new_bar,
     print_json,
     progress_bar,
     say,
     seed_option,
-    template_option,
     text_column_option,
 )
 
 if TYPE_CHECKING:
     from evaluation.evaluate import Answers, Evaluation, ProgressFor
-    from evaluation.reference.loop import Report
     from evaluation.reference.trainer import Reference
     from icl_compiler.backends.backend import Backend
     from icl_compiler.data import Dataset
     from icl_compiler.program import Program
 
 REPORT_TITLE = "Prompt or fine-tune?"
-
-
-@click.command()
-@click.argument("data")
-@click.option(
-    "-o", "--output", type=OutputFolder(), required=True, help="Reference to write; one that is there is replaced."
-)
-@model_option
-@template_option
-@click.option("--examples", type=WholeNumber(min=2), show_default="all", help="Rows of DATA to use, label-balanced.")
-@click.option("--epochs", default=4, type=WholeNumber(min=1), help="Most passes over the rows.")
-@click.option("--learning-rate", default=2e-4, type=FiniteNumber(min=0, min_open=True), help="Of AdamW.")
-@click.option("--batch-size", default=16, type=WholeNumber(min=1), help="Rows a step.")
-@click.option(
-    "--first-layer",
-    default=0,
-    type=WholeNumber(min=0),
-    help="Train from this layer on; 0 trains the whole model. The layers below are computed once, which is faster.",
-)
-@click.option(
-    "--held-out",
-    default=0.1,
-    type=FiniteNumber(0, 1, min_open=True, max_open=True),
-    help="Share of the rows to stop early on, at most 200 rows.",
-)
-@text_column_option
-@label_column_option
-@seed_option
-@json_option
-def finetune(
-    data: str,
-    output: Path,
-    model: str,
-    template: str | None,
-    examples: int | None,
-    epochs: int,
-    learning_rate: float,
-    batch_size: int,
-    first_layer: int,
-    held_out: float,
-    text_column: str | None,
-    label_column: str | None,
-    seed: int,
-    as_json: bool,
-) -> None:
-    """Fine-tune the model on DATA: a reference to compare with.
-
-    DATA is any labelled data that `icl compile` reads. All weights are trained (or those from --first-layer on),
-    with early stopping on held-out rows; a thousand short texts take minutes on a processor. The reference is a
-    folder, an ordinary checkpoint that transformers and vLLM load. A second one with another --seed measures the
-    floor: how far two fine-tunings are from each other.
-
-    \b
-      icl finetune train.csv -o reference
-      icl finetune train.csv -o reference-1 --seed 1
-      icl finetune train.csv -o quick --first-layer 20 --examples 500
-    """
-    from evaluation.reference.full import Full
-    from evaluation.reference.loop import LoopSettings
-    from evaluation.reference.trainer import finetune as train_reference
-    from icl_compiler.artifact import require_replaceable
-    from icl_compiler.data import load_dataset
-
-    require_replaceable(output, kind="reference")
-    dataset = load_dataset(data, text_column=text_column, label_column=label_column)
-    for warning in dataset.warnings:
-        say(f"Warning: {warning}")
-    if examples is not None:
-        dataset = dataset.subset(examples, seed=0)
-    settings = LoopSettings(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
-    with _training_bar(f"fine-tuning {model}") as report:
-        reference = train_reference(
-            dataset,
-            output,
-            model=model,
-            template=template,
-            method=Full(first_layer),
-            held_out=held_out,
-            settings=settings,
-            report=report,
-        )
-    best = min(reference.curve, key=lambda check: check.held_out_loss)
-    if as_json:
-        print_json(
-            {
-                "reference": str(output),
-                "method": reference.method,
-                "examples": reference.examples,
-                "seed": seed,
-                "held_out_loss": best.held_out_loss,
-                "best_step": best.step,
-                "seconds": reference.curve[-1].seconds,
-                "curve": [check._asdict() for check in reference.curve],
-            }
-        )
-        return
-    click.echo(
-        f"{output}: {reference.description}; held-out loss {best.held_out_loss:.3f} nats at step {best.step}, "
-        f"{reference.curve[-1].seconds:.0f} s"
-    )
 
 
 @click.command()
@@ -464,24 +361,11 @@ def _demo_reference(pool: "Dataset", folder: Path, seed: int) -> "Reference":
             require_replaceable(folder, kind="reference")
             say(f"     {folder} is damaged and is trained again")
     settings = LoopSettings(epochs=4, learning_rate=3e-4, seed=seed)
-    with _training_bar(f"seed {seed}") as report:
+    with training_bar(f"seed {seed}") as report:
         reference = train_reference(pool, folder, method=Full(20), settings=settings, report=report)
     best = min(check.held_out_loss for check in reference.curve)
     say(f"     {folder}: {reference.method}, held-out loss {best:.3f}, {reference.curve[-1].seconds:.0f} s")
     return reference
-
-
-@contextmanager
-def _training_bar(description: str) -> "Iterator[Report]":
-    with new_bar(description, "step") as bar:
-
-        def report(step: int, steps: int, loss: float, held_out: float | None) -> None:
-            bar.total = steps
-            if held_out is not None:
-                bar.set_postfix_str(f"loss {loss:.2f}, held-out {held_out:.3f}", refresh=False)
-            bar.update(step - bar.n)
-
-        yield report
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from evaluation.reference.checkpoint import Checkpoint
 from evaluation.reference.loop import LoopSettings, held_out_loss, train
 from icl_compiler.errors import TrainingError
 
@@ -70,3 +72,45 @@ def test_reports_every_step() -> None:
     settings = LoopSettings(epochs=2, batch_size=4)
     train(Line([1.0] * 8, [1.0]), examples=8, held_out=1, settings=settings, report=lambda *args: seen.append(args[:2]))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    settings = LoopSettings(epochs=10, batch_size=8, learning_rate=0.2, patience=100)
+    targets = np.random.default_rng(0).random(64).tolist()
+
+    def report(step: int, *_: object) -> None:
+        if step == 50:
+            raise KeyboardInterrupt
+
+    whole, killed, resumed = (Line(targets, [0.3, 0.6]) for _ in range(3))
+    expected = train(whole, examples=64, held_out=2, settings=settings)
+    kept = Checkpoint(tmp_path / "state", "this training", every_s=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        train(killed, examples=64, held_out=2, settings=settings, report=report, checkpoint=kept)
+    found = train(resumed, examples=64, held_out=2, settings=settings, checkpoint=kept)
+    assert [check[:3] for check in found] == [check[:3] for check in expected]
+    assert resumed.value.item() == whole.value.item()
+    assert resumed.seen == whole.seen[48:], "what was done before the last look is not done again"
+
+
+def test_the_state_of_another_training_is_not_taken_up(tmp_path: Path) -> None:
+    Checkpoint(tmp_path / "state", "one").save({"step": 3})
+    assert Checkpoint(tmp_path / "state", "one").load() == {"step": 3}
+    assert Checkpoint(tmp_path / "state", "other").load() is None
+    (tmp_path / "state").write_bytes(b"half a file")
+    assert Checkpoint(tmp_path / "state", "one").load() is None
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Checkpoint(tmp_path / "state", "one")
+    kept.save({"step": 3})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TrainingError, match=r"No space left on device; make space, and start the same command again"):
+        kept.save({"step": 4})
+    monkeypatch.undo()
+    assert kept.load() == {"step": 3}
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]

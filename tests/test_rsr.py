@@ -1,4 +1,6 @@
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,9 +8,15 @@ import torch
 from tiny_model import save_tiny_model
 from transformers import AutoModelForCausalLM
 
-from evaluation.reference.objective import AnswerLoss, TrainingExample
+from evaluation.reference.checkpoint import Checkpoint
+from evaluation.reference.loop import LoopSettings
+from evaluation.reference.method import Fitted, Task, make_method
+from evaluation.reference.objective import AnswerLogits, AnswerLoss, TrainingExample
+from evaluation.reference.rsr.boosting import best_steps, one_sided
 from evaluation.reference.rsr.importance import allocate, probe
+from evaluation.reference.rsr.rsr import RSR
 from evaluation.reference.rsr.synapses import Synapses
+from evaluation.reference.rsr.training import Refinement
 from icl_compiler.errors import TrainingError
 
 EXAMPLES = [
@@ -155,3 +163,131 @@ def test_units_that_do_not_fit(folder: Path) -> None:
         Synapses(load(folder), size=5)
     with pytest.raises(TrainingError, match="from 0 to 1, is now 2"):
         Synapses(load(folder), frontier=2)
+
+
+def examples(count: int, seed: int) -> list[TrainingExample]:
+    """The answer is told by the token before it, two of which stand for each answer."""
+    rng = np.random.default_rng(seed)
+    return [
+        TrainingExample([3, *rng.integers(40, 90, 4).tolist(), 20 + kind], [5 + kind % 4, 9])
+        for kind in rng.integers(0, 8, count).tolist()
+    ]
+
+
+@pytest.fixture
+def task(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
+    monkeypatch.setattr(Task, "bfloat16", False)
+    return Task(str(folder), examples(96, 0), examples(32, 1), gpu=False)
+
+
+LOOP = LoopSettings(epochs=10, batch_size=16, learning_rate=2e-2, patience=10)
+SMALL = RSR(budget=0.1, frontier=0, rounds=5)
+
+
+def saved(fitted: Fitted, folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    folder.mkdir()
+    fitted.save(folder)
+    return load_file(folder / "difference.safetensors")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        SMALL,
+        replace(SMALL, unit=8, revert=True),
+        replace(SMALL, sampling=0.3, importance="fisher", allocation="matrix"),
+        replace(SMALL, replaced=0.0, line_search=False, trails=False),
+    ],
+)
+def test_learns_with_few_numbers_and_the_kept_difference_is_what_was_trained(
+    task: Task, tmp_path: Path, method: RSR
+) -> None:
+    fitted = method.fit(task, LOOP)
+    losses = [check.held_out_loss for check in fitted.curve]
+    assert min(losses) < 0.5 * losses[0]
+    kept = saved(fitted, tmp_path / "r")
+    parameters = sum(p.numel() for p in task.load(torch.float32).parameters())
+    assert kept["change"].numel() <= fitted.trained_parameters <= 0.25 * parameters
+    if not method.replaced:
+        assert fitted.trained_parameters == pytest.approx(0.1 * parameters, rel=0.05)
+    manifest = {"base_model": task.model, **fitted.facts}
+    model = RSR.network(tmp_path / "r", manifest)
+    with torch.no_grad():
+        again = task.objective(model).losses(range(32), held_out=True).mean().item()
+    # The line search measures with logits in bfloat16.
+    assert again == pytest.approx(min(losses), rel=2e-2 if method.line_search else 1e-4)
+
+
+def test_same_seed_same_result(task: Task, tmp_path: Path) -> None:
+    first, second = (saved(SMALL.fit(task, LOOP), tmp_path / name) for name in "ab")
+    assert torch.equal(first["units"], second["units"])
+    assert torch.equal(first["change"], second["change"])
+
+
+def test_killed_and_resumed_equals_uninterrupted(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = SMALL.fit(task, LOOP)
+    kept = replace(task, checkpoint=Checkpoint(tmp_path / "state", "key", every_s=0.0))
+    train_round = Refinement._train_round
+
+    def killed(self: Refinement, state: Any, *others: Any) -> Any:
+        if state.round == 3:
+            raise KeyboardInterrupt
+        return train_round(self, state, *others)
+
+    monkeypatch.setattr(Refinement, "_train_round", killed)
+    with pytest.raises(KeyboardInterrupt):
+        SMALL.fit(kept, LOOP)
+    monkeypatch.undo()
+    monkeypatch.setattr(Task, "bfloat16", False)
+    rounds: list[int] = []
+    monkeypatch.setattr(
+        Refinement, "_train_round", lambda self, state, *o: rounds.append(state.round) or train_round(self, state, *o)
+    )
+    resumed = SMALL.fit(kept, LOOP)
+    assert rounds == [3, 4]
+    for a, b in zip(whole.curve, resumed.curve, strict=True):
+        assert (a.step, a.held_out_loss) == (b.step, pytest.approx(b.held_out_loss, abs=1e-5))
+    first, second = saved(whole, tmp_path / "a"), saved(resumed, tmp_path / "b")
+    assert torch.equal(first["units"], second["units"])
+    torch.testing.assert_close(first["change"], second["change"], atol=1e-5, rtol=1e-4)
+
+
+def test_steps_of_a_round_minimise_the_loss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(40, 6, generator=generator), torch.randint(0, 6, (40,), generator=generator)
+    ways = [torch.nn.functional.one_hot(targets, 6) + torch.randn(40, 6, generator=generator) for _ in range(2)]
+    before = AnswerLogits(logits, targets, [1] * 40)
+    found = best_steps(before, ways)
+    grid = np.linspace(0, 2, 81)
+    losses = [
+        [AnswerLogits(logits + x * ways[0] + y * ways[1], targets, [1] * 40).losses().mean().item() for y in grid]
+        for x in grid
+    ]
+    x, y = np.unravel_index(np.argmin(losses), (81, 81))
+    np.testing.assert_allclose(found, [grid[x], grid[y]], atol=0.06)
+
+
+def test_one_sided_sampling_is_unbiased() -> None:
+    rng = np.random.default_rng(0)
+    residuals = rng.random(50)
+    values = rng.random(50)
+    means = []
+    for seed in range(3000):
+        sample = one_sided(residuals, 0.2, np.random.default_rng(seed))
+        assert len(sample.rows) == 20
+        assert set(np.argsort(-residuals)[:10]) <= set(sample.rows)
+        means.append((values[sample.rows] * sample.weights).sum() / 50)
+    assert np.mean(means) == pytest.approx(values.mean(), abs=0.005)
+
+
+def test_settings_that_mean_nothing(task: Task) -> None:
+    with pytest.raises(TrainingError, match=r"importance should be one of agreement, .* is 'guess'"):
+        make_method("rsr", {"importance": "guess"})
+    with pytest.raises(TrainingError, match="budget should be a share"):
+        RSR(budget=1.5)
+    with pytest.raises(TrainingError, match="expected at least 1 and at most these"):
+        replace(SMALL, budget=0.99).fit(task, LOOP)
+    with pytest.raises(TrainingError, match=r"the loss is nan at step .* smaller --learning-rate \(now 1e\+30\)"):
+        SMALL.fit(task, replace(LOOP, learning_rate=1e30))

@@ -138,6 +138,11 @@ class Method(Protocol):
         folder = str(reference.folder)
         return PromptedPredictor(program, TransformersBackend(folder, dtype, network=reference.network()))
 
+    @classmethod
+    def merge(cls, reference: "Reference", folder: Path) -> None:
+        """Write the fine-tuned model into an empty folder as a checkpoint that vLLM serves, in bfloat16."""
+        reference.network().to(torch.bfloat16).save_pretrained(folder)
+
 
 def name_of(method: Method) -> str:
     """The name of a method in `METHODS`.
@@ -189,11 +194,14 @@ def _read(key: str, text: str, kind: Any) -> Any:
     except ValueError:
         value = text
     value = tuple(value) if isinstance(value, list) else value
-    allowed = [get_origin(part) or part for part in get_args(kind) or (kind,)]
     if get_origin(kind) is Literal:
-        allowed = [str]
-    fits = isinstance(value, tuple(allowed)) and (bool in allowed or not isinstance(value, bool))
-    if not fits and not (float in allowed and type(value) is int):
+        fits = value in get_args(kind)
+    else:
+        allowed = [get_origin(part) or part for part in get_args(kind) or (kind,)]
+        if float in allowed and type(value) is int:
+            value = float(value)
+        fits = type(value) in allowed
+    if not fits:
         raise TrainingError(f"{key} should be {_words(kind)}, is {text!r}")
     return value
 

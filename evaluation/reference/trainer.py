@@ -21,7 +21,7 @@ from evaluation.reference.objective import TrainingExample, count_tokens
 from icl_compiler.artifact import new_folder, read_manifest, require_replaceable, write_manifest
 from icl_compiler.compile import DEFAULT_TEMPLATES, load_tokenizer
 from icl_compiler.data import Dataset
-from icl_compiler.errors import ContextLengthError, TrainingError
+from icl_compiler.errors import ArtifactError, ContextLengthError, TrainingError
 from icl_compiler.models import locate
 from icl_compiler.predictor import Predictor
 from icl_compiler.templates import EncodedTemplate, Template
@@ -61,6 +61,21 @@ class Reference:
     def network(self) -> Any:
         """The fine-tuned model, a `transformers.PreTrainedModel` in float32 on the processor."""
         return self._how.network(self.folder, read_manifest(self.folder, kind="reference"))
+
+    def merge(self, output: Path) -> None:
+        """Write base model and what was learned in one: a checkpoint with its tokenizer, in bfloat16, for vLLM.
+
+        It appears complete or not at all.
+
+        Raises:
+            ArtifactError: if `output` is there already, or cannot be written.
+            ModelError: if the method leaves no model (a linear probe).
+        """
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise ArtifactError(f"{output} exists; choose another name, or remove it yourself")
+        with new_folder(output) as draft:
+            self._how.merge(self, draft)
+            _save_tokenizer(str(self.folder), draft)
 
     @property
     def _how(self) -> Any:

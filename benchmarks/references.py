@@ -1,0 +1,247 @@
+"""Every method of fine-tuning on four real datasets, by the commands a user would type; many hours on 2 cores.
+
+    ICL_DATASETS=FOLDER python -m benchmarks.references [--stages search main ablation] [--part 0/1]
+
+- search: each method at each of its learning rates, on 600 rows of banking77 (77 labels) and of subj (2), for two
+  epochs (seed 100). The one with the lowest held-out loss is used for the datasets with many labels, or with two.
+- main: each method on 2,222 label-balanced rows (a tenth of them, at most 200, held out) of each dataset, three seeds.
+  SHiRA has as many parameters as RSR moves at a time. Accuracy and negative log-likelihood are over 400 test rows
+  drawn at random; processor seconds are those of the whole training process, its start included; the peak is its
+  resident memory. `floor` is the TV between two seeds of a method.
+- ablation: RSR with one part switched off, or exchanged, on 1,111 rows of banking77 and of subj, three seeds.
+
+Rows are appended to `benchmarks/rows/references.jsonl`; what stands there is not measured again, so that the command
+can be stopped at any time. `--part 0/2` and `--part 1/2`, with OMP_NUM_THREADS=1, share the work. At the end the
+tables of `docs/references.md` are printed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from evaluation.evaluate import commit, machine
+from evaluation.reference.trainer import load_reference
+from evaluation.tv import tv_distance, with_other
+from icl_compiler.data import load_dataset
+
+ROWS = Path(__file__).parent / "rows" / "references.jsonl"
+ANSWERS = Path("bench-references")
+DATASETS = ("banking77", "subj", "clinc150_oos", "mr")
+EPOCHS = {"banking77": 3, "clinc150_oos": 3, "subj": 2, "mr": 2}
+SEARCHED = {"banking77": "banking77", "clinc150_oos": "banking77", "subj": "subj", "mr": "subj"}
+RATES = {
+    "rsr": (3e-3, 1e-2, 3e-2),
+    "lora": (3e-4, 1e-3, 3e-3),
+    "full": (3e-5, 1e-4, 3e-4),
+    "shira": (1e-3, 3e-3, 1e-2),
+    "loreft": (1e-3, 3e-3, 1e-2),
+    "head": (1.0,),  # it has none
+}
+ABLATIONS = {
+    "as it is": {},
+    "no line search, no adaptive rate": {"line_search": "false"},
+    "fixed rate": {"adaptive_rate": "false"},
+    "fixed units": {"replaced": "0"},
+    "units revert": {"revert": "true"},
+    "no trails": {"trails": "false"},
+    "one-sided sampling": {"sampling": "0.3"},
+    "random units": {"importance": "random"},
+    "Fisher importance": {"importance": "fisher"},
+    "top units": {"allocation": "top"},
+    "pieces of 64": {"unit": "64"},
+    "single entries": {"unit": "1"},
+    "all layers": {"frontier": "0"},
+}
+TEST_ROWS, SEARCH_ROWS, MAIN_ROWS, ABLATION_ROWS = 400, 600, 2222, 1111
+Row = dict[str, Any]
+
+
+class Cell(NamedTuple):
+    """One training."""
+
+    stage: str
+    dataset: str
+    method: str
+    variant: str
+    settings: tuple[tuple[str, str], ...]
+    rate: float
+    seed: int
+    rows: int
+    epochs: int
+
+    @property
+    def key(self) -> list[object]:
+        """What tells it from all others."""
+        return [self.stage, self.dataset, self.method, self.variant, self.rate, self.seed, self.rows, self.epochs]
+
+
+def measured() -> list[Row]:
+    """All rows."""
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
+def cells(stages: list[str], datasets: list[str]) -> Iterator[Cell]:
+    """What is to be measured; the learning rates of later stages are those found so far."""
+    if "search" in stages:
+        for name in ("banking77", "subj"):
+            for method, rates in RATES.items():
+                for rate in rates if len(rates) > 1 else ():
+                    yield Cell("search", name, method, "", (), rate, 100, SEARCH_ROWS, 2)
+    if "main" in stages:
+        for seed in range(3):
+            for name in datasets:
+                for method in RATES:
+                    if (rate := found_rate(method, name)) is not None:
+                        yield Cell("main", name, method, "", (), rate, seed, MAIN_ROWS, EPOCHS[name])
+    if "ablation" in stages:
+        for seed in range(3):
+            for name in ("banking77", "subj"):
+                for variant, settings in ABLATIONS.items():
+                    if (rate := found_rate("rsr", name)) is not None:
+                        told = tuple(settings.items())
+                        yield Cell("ablation", name, "rsr", variant, told, rate, seed, ABLATION_ROWS, EPOCHS[name])
+
+
+def found_rate(method: str, dataset: str) -> float | None:
+    """The learning rate with the lowest held-out loss; `None` while it is not known."""
+    if len(RATES[method]) == 1:
+        return RATES[method][0]
+    losses = {
+        row["rate"]: row["held_out_loss"]
+        for row in measured()
+        if (row["stage"], row["dataset"], row["method"]) == ("search", SEARCHED[dataset], method)
+    }
+    return min(losses, key=lambda rate: losses[rate]) if set(RATES[method]) <= set(losses) else None
+
+
+def measure(cell: Cell, data: Path) -> Row:
+    """Train, and ask the reference about test rows (not while learning rates are searched)."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "reference"
+        command = [str(Path(sys.executable).with_name("icl")), "finetune", str(data / cell.dataset / "train.jsonl")]
+        command += ["-o", str(folder), "--method", cell.method, "--learning-rate", str(cell.rate)]
+        command += ["--seed", str(cell.seed), "--examples", str(cell.rows), "--epochs", str(cell.epochs)]
+        command += [part for name, value in cell.settings for part in ("--set", f"{name}={value}")]
+        print("$", " ".join(command[1:]), flush=True)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        if status:
+            sys.exit(f"it ended with {os.waitstatus_to_exitcode(status)}")
+        reference = load_reference(folder)
+        best = min(reference.curve, key=lambda check: check.held_out_loss)
+        row: Row = dict(zip(Cell._fields, cell, strict=True)) | {
+            "settings": dict(cell.settings),
+            "trained_parameters": json.loads((folder / "manifest.json").read_text())["trained_parameters"],
+            "held_out_loss": best.held_out_loss,
+            "seconds_to_best": best.seconds,
+            "seconds": reference.curve[-1].seconds,
+            "cpu_seconds": used.ru_utime + used.ru_stime,
+            "peak_mib": used.ru_maxrss / 1024,
+            "artefact_mb": sum(file.stat().st_size for file in learned(folder)) / 1e6,
+            "curve": [tuple(check) for check in reference.curve],
+            "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+            "machine": machine(),
+            "commit": commit(),
+        }
+        if cell.stage != "search":
+            row |= ask(cell, reference, data)
+    return row
+
+
+def learned(folder: Path) -> list[Path]:
+    """What a method left, without what every reference has: tokenizer, template, manifest."""
+    return [file for file in folder.rglob("*") if file.suffix in (".safetensors", ".bin") or "adapter" in file.name]
+
+
+def ask(cell: Cell, reference: Any, data: Path) -> Row:
+    """How right the reference is; its answers are kept for the floor."""
+    test = load_dataset(str(data / cell.dataset / "test.jsonl"))
+    rows = np.sort(np.random.default_rng(0).permutation(len(test))[:TEST_ROWS])
+    test = test.take(rows.tolist())
+    said = reference.predictor().predict(test.texts)
+    right = [said.labels.index(answer) for answer in test.answers]
+    ANSWERS.mkdir(exist_ok=True)
+    name = "-".join(map(str, cell.key)).replace(" ", "_")
+    np.save(ANSWERS / f"{name}.npy", said.probabilities)
+    of_right = said.probabilities[range(len(right)), right]
+    return {
+        "accuracy": float((said.best == right).mean()),
+        "nll": float(-np.log(np.maximum(of_right, 1e-12)).mean()),
+        "test_rows": len(right),
+    }
+
+
+def floors() -> Iterator[Row]:
+    """The TV between two seeds of each method on each dataset, where the answers of both are in this folder."""
+    for name in DATASETS:
+        for method in RATES:
+            found = sorted(ANSWERS.glob(f"main-{name}-{method}-*.npy"))
+            if len(found) > 1:
+                tv = tv_distance(*(with_other(np.load(file)) for file in found[:2]))
+                yield {"stage": "floor", "dataset": name, "method": method, "tv": float(np.mean(tv))}
+
+
+def tables() -> str:
+    """What was measured, in Markdown: means over seeds, with the lowest and the highest."""
+    lines = []
+    for stage, by in (("search", "rate"), ("main", "method"), ("ablation", "variant")):
+        groups: dict[tuple[object, ...], list[Row]] = {}
+        for row in measured():
+            if row["stage"] == stage:
+                groups.setdefault((row["dataset"], row["method"], row[by]), []).append(row)
+        columns = ["dataset", "method", by, "seeds", *_NUMBERS]
+        lines += ["", stage, "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        for group, rows in sorted(groups.items(), key=lambda item: str(item[0])):
+            cells = [*group, len(rows), *(_cell([row[name] for row in rows if name in row]) for name in _NUMBERS)]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+_NUMBERS = (
+    "accuracy", "nll", "held_out_loss", "trained_parameters", "cpu_seconds", "seconds_to_best", "peak_mib",
+    "artefact_mb",
+)  # fmt: skip
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    mean, spread = np.mean(values), f" [{min(values):.4g}, {max(values):.4g}]" if len(values) > 1 else ""
+    return f"{mean:.4g}{spread}" if mean < 10_000 else f"{mean:,.0f}"
+
+
+def main() -> None:
+    """Measure what is not measured yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", nargs="+", choices=("search", "main", "ablation"), default=["search", "main"])
+    parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
+    parser.add_argument("--part", default="0/1")
+    asked = parser.parse_args()
+    data = Path(os.environ.get("ICL_DATASETS", Path(__file__).parents[2] / "shared" / "data"))
+    if not data.is_dir():
+        sys.exit(f"there are no datasets at {data}; set ICL_DATASETS to the folder that holds {', '.join(DATASETS)}")
+    part, parts = map(int, asked.part.split("/"))
+    ROWS.parent.mkdir(exist_ok=True)
+    for stage in asked.stages:  # the learning rates of the later ones are known when the first is done
+        for number, cell in enumerate(cells([stage], asked.datasets)):
+            if number % parts != part or json.loads(json.dumps(cell.key)) in [row["key"] for row in measured()]:
+                continue
+            row = {"key": cell.key, **measure(cell, data)}
+            with ROWS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            print({k: row[k] for k in ("held_out_loss", "cpu_seconds", "peak_mib", "accuracy") if k in row}, flush=True)
+    print(tables())
+    for row in floors():
+        print(row)
+
+
+if __name__ == "__main__":
+    main()
