@@ -36,6 +36,7 @@ COMMANDS: Mapping[str, str] = {
     "predict": "icl_compiler.cli:predict",
     "finetune": "evaluation.reference_cli:finetune",
     "merge": "evaluation.reference_cli:merge",
+    "cascade": "evaluation.cascade_cli:cascade",
     "evaluate": "evaluation.cli:evaluate",
     "bounds": "evaluation.bounds_cli:bounds",
     "decide": "evaluation.decide_cli:decide",

@@ -11,7 +11,7 @@ pairs (a, b), for the default is an unbiased estimate of the squared mean gradie
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +20,6 @@ from evaluation.reference.rsr.synapses import Synapses
 
 Importance = Literal["agreement", "l1", "fisher", "sensitivity", "random"]
 Allocation = Literal["gumbel", "top", "matrix"]
-IMPORTANCES, ALLOCATIONS = get_args(Importance), get_args(Allocation)
 
 
 def probe(

@@ -12,7 +12,7 @@ import torch
 
 from evaluation.reference.loop import LoopSettings, Report
 from evaluation.reference.method import Fitted, Method, Task
-from evaluation.reference.rsr.importance import ALLOCATIONS, IMPORTANCES, Allocation, Importance
+from evaluation.reference.rsr.importance import Allocation, Importance
 from evaluation.reference.rsr.synapses import Synapses
 from evaluation.reference.rsr.trails import Trails
 from evaluation.reference.rsr.training import Plan, Refinement
@@ -56,19 +56,9 @@ class RSR(Method):
     adaptive_rate: bool = True
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("importance", self.importance, IMPORTANCES),
-            ("allocation", self.allocation, ALLOCATIONS),
-        ):
-            if value not in allowed:
-                raise TrainingError(f"{name} should be one of {', '.join(allowed)}, is {value!r}")
-        for name, share, least in (
-            ("budget", self.budget, 1e-9),
-            ("replaced", self.replaced, 0),
-            ("sampling", self.sampling, 0),
-        ):
-            if not least <= share < 1:
-                raise TrainingError(f"{name} should be a share from 0 to 1, is {share:g}")
+        for name, share in (("budget", self.budget), ("replaced", self.replaced), ("sampling", self.sampling)):
+            if not 0 <= share < 1:
+                raise TrainingError(f"{name} should be a share, at least 0 and below 1, is {share:g}")
         if self.rounds < 1:
             raise TrainingError(f"rounds should be at least 1, is {self.rounds}")
 
