@@ -20,10 +20,13 @@ from evaluation.reference.trainer import load_reference
 from icl_compiler.artifact import load_program
 from icl_compiler.backends.backend import LabelScores
 from icl_compiler.backends.echo import EchoBackend
+from icl_compiler.backends.hf_transformers import TransformersBackend
 from icl_compiler.cli import main
 from icl_compiler.command_line import new_bar
+from icl_compiler.compile import zero_shot_program
 from icl_compiler.data import load_dataset
 from icl_compiler.errors import BackendError
+from icl_compiler.predictor import PromptedPredictor
 
 ROWS = [
     (f"{text} {i}", label)
@@ -271,6 +274,60 @@ def test_finetune_says_what_it_made(tiny: Path, here: Path) -> None:
     said = done("finetune", "train.csv", "-o", "r", "--model", tiny, "--epochs", 1, "--first-layer", 1, "--seed", 3)
     assert said.startswith("r: fine-tuning from layer 1 on, seed 3, 16 examples; held-out loss ")
     assert load_reference(here / "r").labels == ("card", "refund", "track")
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "described"),
+    [
+        ("rsr", ["budget=0.05", "rounds=2", "unit=8"], "RSR, 5.00% of the parameters"),
+        ("lora", ["rank=2"], "LoRA, rank 2"),
+        ("shira", ["share=0.05"], "SHiRA"),
+        ("loreft", ["layers=[1]"], "LoReFT"),
+    ],
+)
+def test_finetune_by_each_method_and_merge(
+    tiny: Path, here: Path, method: str, settings: list[str], described: str
+) -> None:
+    told = [part for setting in settings for part in ("--set", setting)]
+    asked = ["finetune", "train.csv", "-o", "r", "--model", tiny, "--epochs", 2, "--method", method, *told]
+    said = json.loads(done(*asked, "--json"))
+    assert said["method"].startswith(described)
+    reference = load_reference(here / "r")
+    before = reference.predictor(dtype="float32").predict(["my card was stolen"]).probabilities
+    assert done("merge", "r", "-o", "merged").startswith("merged: ")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in (here / "merged").iterdir()}
+    if method != "loreft":  # which transformers does not know
+        program = zero_shot_program(reference.labels, reference.template, model=str(here / "merged"))
+        merged = PromptedPredictor(program, TransformersBackend(str(here / "merged"), "float32"))
+        after = merged.predict(["my card was stolen"]).probabilities
+        np.testing.assert_allclose(after, before, atol=0.02)  # the checkpoint is in bfloat16
+    again = icl("merge", "r", "-o", "merged")
+    assert (again.exit_code, "merged exists" in again.stderr) == (1, True)
+
+
+def test_a_probe_is_no_model_to_merge(tiny: Path, here: Path) -> None:
+    done("finetune", "train.csv", "-o", "r", "--model", tiny, "--method", "head")
+    said = icl("merge", "r", "-o", "merged")
+    assert said.exit_code == 1
+    assert "Traceback" not in said.output
+    assert not (here / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--method", "rsr", "--set", "budgte=1"], 1, "has no setting 'budgte'. Did you mean 'budget'?"),
+        (["--method", "lora", "--set", "rank=high"], 1, "rank should be a whole number, is 'high'"),
+        (["--method", "lora", "--set", "rank"], 2, "--set is NAME=VALUE, such as rank=16, not 'rank'"),
+        (["--method", "lora", "--first-layer", "1"], 2, "--first-layer is for the methods full and rsr, not for lora"),
+        (["--method", "rsr", "--set", "revert=7"], 1, "revert should be true or false, is '7'"),
+        (["--method", "head", "--set", "rank=1"], 1, "has no setting 'rank'. It has none."),
+    ],
+)
+def test_settings_that_no_method_has(here: Path, tiny: Path, arguments: list[str], code: int, said: str) -> None:
+    found = icl("finetune", "train.csv", "-o", "r", "--model", tiny, *arguments)
+    assert (found.exit_code, said in " ".join(found.stderr.split())) == (code, True), found.stderr
+    assert not (here / "r").exists()
 
 
 def test_evaluate_writes_rows_and_a_report(program: Path, reference: Path, here: Path) -> None:
