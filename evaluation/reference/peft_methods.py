@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -37,6 +37,8 @@ class LoRA(Method):
 
     rank: int = 8
     alpha: int = 16
+
+    learning_rate: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
@@ -81,6 +83,8 @@ class SHiRA(Method):
     """
 
     share: float = 0.01
+
+    learning_rate: ClassVar[float] = 3e-3
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
