@@ -107,7 +107,7 @@ def finetune(
     from icl_compiler.artifact import require_replaceable
     from icl_compiler.data import load_dataset
 
-    how = make_method(method, _settings(method, settings, first_layer))
+    how = make_method(method, method_settings(method, settings, first_layer))
     require_replaceable(output, kind="reference")
     dataset = load_dataset(data, text_column=text_column, label_column=label_column)
     for warning in dataset.warnings:
@@ -184,12 +184,20 @@ def training_bar(description: str) -> "Iterator[Report]":
         yield report
 
 
-def _settings(method: str, given: tuple[str, ...], first_layer: int | None) -> dict[str, str]:
+def method_settings(
+    method: str, given: tuple[str, ...], first_layer: int | None = None, *, option: str = "--set"
+) -> dict[str, str]:
+    """The settings of a method as they were typed, NAME=VALUE each.
+
+    Args:
+        first_layer: as of --first-layer, which is a setting of some methods.
+        option: with which they were given, for messages.
+    """
     settings = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not equals:
-            raise click.UsageError(f"--set is NAME=VALUE, such as rank=16, not {text!r}.")
+            raise click.UsageError(f"{option} is NAME=VALUE, such as rank=16, not {text!r}.")
         settings[name] = value
     if first_layer is not None:
         names = {"full": "first_layer", "rsr": "frontier"}

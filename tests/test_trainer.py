@@ -125,6 +125,25 @@ def test_bad_training_data(tiny: str, tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "keep me"
 
 
+def test_a_killed_training_goes_on_and_then_leaves_nothing_behind(tiny: str, tmp_path: Path) -> None:
+    def killed(step: int, *_: object) -> None:
+        if step == 30:
+            raise KeyboardInterrupt
+
+    asked = {"model": tiny, "settings": SETTINGS, "checkpoint_every_s": 0.0}
+    whole = finetune(words(140, 1), tmp_path / "whole", **asked)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(words(140, 1), tmp_path / "r", **asked, report=killed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".r.training", "whole"]
+    steps: list[int] = []
+    resumed = finetune(words(140, 1), tmp_path / "r", **asked, report=lambda step, *_: steps.append(step))
+    assert 24 < steps[0] <= 30
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r", "whole"]
+    assert [(c.step, pytest.approx(c.held_out_loss, rel=1e-3)) for c in resumed.curve] == [
+        (c.step, c.held_out_loss) for c in whole.curve
+    ]
+
+
 def test_a_diverging_run_leaves_nothing_behind(tiny: str, tmp_path: Path) -> None:
     settings = LoopSettings(epochs=2, learning_rate=float("inf"))
     with pytest.raises(TrainingError, match="learning-rate"):

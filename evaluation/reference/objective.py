@@ -30,7 +30,7 @@ class AnswerLogits(NamedTuple):
     """What a model says at each token of some answers.
 
     Attributes:
-        logits: over the vocabulary, float32.
+        logits: over the vocabulary, of any precision; losses are computed in float32.
         targets: the token that is right.
         lengths: tokens of each answer; their sum is the number of rows.
     """
@@ -41,7 +41,7 @@ class AnswerLogits(NamedTuple):
 
     def losses(self) -> Float[torch.Tensor, " answers"]:
         """Negative log-likelihood of each answer, in nats."""
-        parts = torch.nn.functional.cross_entropy(self.logits, self.targets, reduction="none")
+        parts = torch.nn.functional.cross_entropy(self.logits.float(), self.targets, reduction="none")
         return torch.stack([part.sum() for part in torch.split(parts, self.lengths)])
 
 

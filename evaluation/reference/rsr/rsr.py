@@ -6,16 +6,18 @@ What is kept is a sparse difference: the units that moved (`synapses.py`), and w
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from evaluation.reference.loop import LoopSettings, Report
 from evaluation.reference.method import Fitted, Method, Task
 from evaluation.reference.rsr.importance import Allocation, Importance
+from evaluation.reference.rsr.modules import MOST_ASPECTS, aspects_of
 from evaluation.reference.rsr.synapses import Synapses
 from evaluation.reference.rsr.trails import Trails
-from evaluation.reference.rsr.training import Plan, Refinement
+from evaluation.reference.rsr.training import Plan, Refinement, Schedule
+from evaluation.reference.rsr.workers import Outcome, SharedSynapses, Workers, train_together
 from icl_compiler.errors import TrainingError
 from icl_compiler.models import load_causal_lm
 
@@ -40,6 +42,12 @@ class RSR(Method):
         sampling: share of the examples that is kept for their residuals, and drawn from the rest; 0 takes all.
         trails: whether pheromone trails guide choice and rate.
         adaptive_rate: whether the rate follows the steps that the line search finds.
+        modules: into which the units are parted by the labels they serve, each with its own step and rate; at most the
+            number of labels, or 16. 1 leaves them together.
+        workers: processes that train together, each with its share of the cores.
+        schedule: what they share in a step: the batch (`data`, the same as one worker would do), the batch with steps
+            of their own (`local`), or the modules, one each (`modules`).
+        exchange_every: steps after which workers with steps of their own put together what they learned.
     """
 
     budget: float = 0.01
@@ -54,13 +62,27 @@ class RSR(Method):
     sampling: float = 0.0
     trails: bool = True
     adaptive_rate: bool = True
+    modules: int = 1
+    workers: int = 1
+    schedule: Schedule = "data"
+    exchange_every: int = 10
+
+    learning_rate: ClassVar[float] = 1e-2
 
     def __post_init__(self) -> None:
         for name, share in (("budget", self.budget), ("replaced", self.replaced), ("sampling", self.sampling)):
             if not 0 <= share < 1:
                 raise TrainingError(f"{name} should be a share, at least 0 and below 1, is {share:g}")
-        if self.rounds < 1:
-            raise TrainingError(f"rounds should be at least 1, is {self.rounds}")
+        for name in ("rounds", "modules", "workers", "exchange_every"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name} should be at least 1, is {getattr(self, name)}")
+        if self.modules > MOST_ASPECTS:
+            raise TrainingError(f"modules should be at most {MOST_ASPECTS}, is {self.modules}")
+        if self.schedule == "modules" and self.modules != self.workers:
+            raise TrainingError(
+                f"with schedule=modules each worker trains one module, and there are {self.workers} workers for "
+                f"{self.modules} modules; give both the same number"
+            )
 
     @property
     def description(self) -> str:
@@ -73,10 +95,36 @@ class RSR(Method):
         Raises:
             TrainingError: if the model does not fit the settings, or the loss is not finite.
         """
+        outcome = self.train(task, loop, report) if self.workers == 1 else train_together(self, task, loop, report)[0]
+        units, change = torch.from_numpy(outcome.units), torch.from_numpy(outcome.change)
+
+        def save(folder: Path) -> None:
+            from safetensors.torch import save as as_bytes
+
+            tensors = {"units": units, "change": change}
+            (folder / _FILE).write_bytes(as_bytes(tensors))
+
+        facts = {"frontier": outcome.frontier, "size": outcome.size, "units": len(units)}
+        return Fitted(outcome.curve, outcome.touched * outcome.size, save, {"synapses": facts})
+
+    def train(
+        self, task: Task, loop: LoopSettings, report: Report | None = None, workers: Workers | None = None
+    ) -> Outcome:
+        """Train in this process, alone or as one of several workers.
+
+        Raises:
+            TrainingError: as `fit`.
+        """
+        workers = workers or Workers()
+        aspects = None
+        if self.modules > 1:
+            aspects = workers.agree(aspects_of(task.train, task.answers, seed=loop.seed))
+            if (most := int(aspects.max()) + 1) < self.modules:
+                raise TrainingError(f"modules should be at most the number of labels, {most}; is {self.modules}")
         model = task.load(task.frozen_dtype)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         frontier = 2 * len(model.base_model.layers) // 3 if self.frontier is None else self.frontier
-        synapses = Synapses(model, frontier=frontier, size=self.unit)
+        synapses = SharedSynapses(model, workers, frontier=frontier, size=self.unit)
         count = round(self.budget * parameters / synapses.size)
         if not 0 < count <= len(synapses):
             raise TrainingError(
@@ -86,22 +134,22 @@ class RSR(Method):
         plan = Plan(
             count, self.rounds, self.importance, self.allocation, self.replaced, self.revert, self.line_search,
             self.sampling, Trails() if self.trails else None, 0.5, 0.25, self.adaptive_rate,
+            self.modules, self.schedule, self.exchange_every,
         )  # fmt: skip
         objective = task.objective(model, frontier=frontier)
-        run = Refinement(synapses, objective, train=len(task.train), held_out=len(task.held_out), plan=plan, loop=loop)
-        curve = run.run(report, task.checkpoint)
-        units, change = run.best
-        trained = len(synapses.touched) * synapses.size
-
-        def save(folder: Path) -> None:
-            from safetensors.torch import save as as_bytes
-
-            tensors = {"units": units.cpu(), "change": change.cpu().contiguous()}
-            (folder / _FILE).write_bytes(as_bytes(tensors))
-
-        return Fitted(
-            curve, trained, save, {"synapses": {"frontier": frontier, "size": synapses.size, "units": len(units)}}
+        run = Refinement(
+            synapses,
+            objective,
+            train=len(task.train),
+            held_out=len(task.held_out),
+            plan=plan,
+            loop=loop,
+            workers=workers,
+            aspects=aspects,
         )
+        curve = run.run(report, task.checkpoint)
+        units, change = (found.cpu().numpy() for found in run.best)
+        return Outcome(curve, units, change, len(synapses.touched), frontier, synapses.size)
 
     @staticmethod
     def network(folder: Path, manifest: Mapping[str, Any]) -> Any:

@@ -4,25 +4,29 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
 from evaluation.reference.checkpoint import Checkpoint
-from evaluation.reference.loop import Check, LoopSettings, Report, held_out_loss, rate_at
+from evaluation.reference.loop import Check, LoopSettings, Report, rate_at
 from evaluation.reference.objective import AnswerLogits, AnswerLoss
 from evaluation.reference.rsr.boosting import Sample, best_steps, one_sided
 from evaluation.reference.rsr.importance import Allocation, Importance, allocate, probe
+from evaluation.reference.rsr.modules import co_cluster, modules_of
 from evaluation.reference.rsr.synapses import Synapses
 from evaluation.reference.rsr.trails import Trails
+from evaluation.reference.rsr.workers import Workers
 from icl_compiler.errors import TrainingError
 
 _BETAS, _EPSILON, _LONGEST_GRADIENT = (0.9, 0.99), 1e-8, 1.0
 _RATE_RANGE, _TRAIL_RANGE = (0.25, 4.0), (0.5, 2.0)
 _AS_IT_IS = 0.05
 _FIRST_PAIRS, _LATER_PAIRS = 4, 1
+
+Schedule = Literal["data", "local", "modules"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ class Plan:
     trail_in_choice: float
     trail_in_rate: float
     adaptive_rate: bool
+    modules: int = 1
+    schedule: Schedule = "data"
+    exchange_every: int = 10
 
 
 @dataclass
@@ -53,7 +60,9 @@ class _State:
     ages: Float[torch.Tensor, "2 active"]
     trail: Float[torch.Tensor, " units"]
     residuals: Float[np.ndarray, " examples"]
-    rate: float = 1.0
+    modules: Int[torch.Tensor, " active"]
+    aspect_modules: Int[torch.Tensor, " aspects"]
+    rates: list[float]
     step: int = 0
     round: int = 0
     best: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -61,11 +70,19 @@ class _State:
 
 
 class Refinement:
-    """One run of RSR on one process.
+    """One run of RSR, on one process or as one of several workers that do the same.
+
+    What every worker computes of a batch, a probe or the held-out examples is its share; sums and gathered answers are
+    the same for all, and so is all that follows from them. Schedules of the steps:
+
+    - `data`: gradients are added up in each step, which is then that of one worker.
+    - `local`: each worker takes its own steps on its share of each batch; the mean of all is taken now and then.
+    - `modules`: each worker sees the whole batch and moves one module; the modules are put together now and then.
 
     Args:
-        synapses: of the model of `objective`.
+        synapses: of the model of `objective`; `SharedSynapses` where there are several workers.
         train, held_out: how many examples there are.
+        aspects: of each example to train on, for modules.
     """
 
     def __init__(
@@ -77,13 +94,19 @@ class Refinement:
         held_out: int,
         plan: Plan,
         loop: LoopSettings,
+        workers: Workers | None = None,
+        aspects: Int[np.ndarray, " examples"] | None = None,
     ) -> None:
         if not train or not held_out:
             raise TrainingError(f"there are {train} examples to train on and {held_out} held out; both need at least 1")
         self._synapses, self._objective = synapses, objective
         self._train, self._held_out = train, held_out
         self._plan, self._loop = plan, loop
+        self._workers = workers or Workers()
+        self._aspects = np.zeros(train, dtype=np.int64) if aspects is None else aspects
+        self._together = self._workers.count == 1 or plan.schedule == "data"
         self._steps = loop.epochs * math.ceil(train / loop.batch_size)
+        self._rounds = min(plan.rounds, self._steps)
         self._device = synapses.active.device
         self._generator = torch.Generator(self._device).manual_seed(loop.seed)
         self._stream = np.random.default_rng(loop.seed)
@@ -103,12 +126,12 @@ class Refinement:
         if state.curve:
             started -= state.curve[-1].seconds
         before = self._held_out_logits() if self._plan.line_search else None
-        for number in range(state.round, self._plan.rounds):
+        for number in range(state.round, self._rounds):
             state.round = number
             start = self._synapses.change.clone()
             sample = self._sample(state)
             loss, credit = self._train_round(state, sample, report)
-            before, step = self._end_round(state, before, start)
+            before, steps = self._end_round(state, before, start)
             held_out = float(before.losses().mean()) if before is not None else self._held_out_loss()
             if not math.isfinite(held_out):
                 raise TrainingError("the held-out loss is not a finite number; train with a smaller --learning-rate")
@@ -118,9 +141,9 @@ class Refinement:
                 state.best = self._synapses.changes()
             elif len(losses) - 1 - int(np.argmin(losses)) >= self._loop.patience:
                 break
-            if number + 1 < self._plan.rounds:
-                self._adapt(state, credit, step)
-                if checkpoint.due:
+            if number + 1 < self._rounds:
+                self._adapt(state, credit, steps)
+                if checkpoint.due and self._workers.rank == 0:
                     checkpoint.save(self._kept(state))
         assert state.best is not None
         self.best = state.best
@@ -132,6 +155,7 @@ class Refinement:
         active = allocate(synapses, scores, count, self._plan.allocation, self._generator)
         synapses.select(active)
         zeros = torch.zeros_like(synapses.change)
+        modules, aspect_modules = self._modules()
         return _State(
             active,
             zeros,
@@ -139,6 +163,9 @@ class Refinement:
             torch.zeros(2, count, device=self._device),
             torch.ones(len(synapses), device=self._device),
             np.ones(self._train),
+            modules,
+            aspect_modules,
+            [1.0] * self._plan.modules,
         )
 
     def _kept(self, state: _State) -> dict[str, Any]:
@@ -174,10 +201,32 @@ class Refinement:
         drawn = [self._stream.permutation(self._train)[: 2 * size] for _ in range(pairs)]
         halves = [(rows[:size].tolist(), rows[size:].tolist()) for rows in drawn]
 
-        def backward(rows: Sequence[int]) -> None:
-            self._objective.losses(rows, held_out=False).mean().backward()  # type: ignore[no-untyped-call]
+        return probe(self._synapses, self._backward, halves, self._plan.importance)
 
-        return probe(self._synapses, backward, halves, self._plan.importance)
+    def _backward(self, rows: Sequence[int]) -> None:
+        """This worker's share of the gradient of the mean loss."""
+        places, counts = self._workers.share(np.asarray(rows))
+        losses = self._objective.losses([rows[place] for place in places], held_out=False)
+        ((losses * torch.from_numpy(counts).to(self._device)).sum() / len(rows)).backward()  # type: ignore[no-untyped-call]
+
+    def _modules(self) -> tuple[Int[torch.Tensor, " active"], Int[torch.Tensor, " aspects"]]:
+        """The modules of the active units and of the aspects, found anew."""
+        if self._plan.modules == 1:
+            return torch.zeros(len(self._synapses.active), dtype=torch.long, device=self._device), torch.zeros(1).long()
+        norms = self._norms()
+        found = self._workers.agree(co_cluster(norms, self._plan.modules, seed=self._loop.seed))
+        return torch.from_numpy(found.units).to(self._device), torch.from_numpy(found.aspects)
+
+    def _norms(self) -> Float[np.ndarray, "active aspects"]:
+        """The norm of the gradient by each active unit on a batch of each aspect."""
+        gradient, columns = self._synapses.gradient, []
+        for aspect in range(int(self._aspects.max()) + 1):
+            members = self._stream.permutation(np.flatnonzero(self._aspects == aspect))
+            self._backward(members[: self._loop.batch_size].tolist())
+            self._workers.add_up(gradient)
+            columns.append(gradient.norm(dim=1).double().cpu().numpy())
+            gradient.zero_()
+        return np.stack(columns, axis=1)
 
     def _sample(self, state: _State) -> Sample:
         if not self._plan.sampling or state.round == 0:  # no residual is known yet
@@ -188,81 +237,140 @@ class Refinement:
         self, state: _State, sample: Sample, report: Report | None
     ) -> tuple[float, Float[torch.Tensor, " active"]]:
         """The steps of a round: the mean training loss, and what each unit is credited with."""
-        end = round((state.round + 1) * self._steps / self._plan.rounds)
+        plan, workers = self._plan, self._workers
+        end = round((state.round + 1) * self._steps / self._rounds)
         credit = torch.zeros(len(state.active), device=self._device)
         rates = self._unit_rates(state)
         running: list[float] = []
         order: list[int] = []
+        met = state.step
+        own = torch.zeros(plan.exchange_every, device=self._device)
+        heard = torch.zeros(2, self._train, device=self._device)
         while state.step < end:
             if not order:
                 order = self._stream.permutation(len(sample.rows)).tolist()
             places, order = order[: self._loop.batch_size], order[self._loop.batch_size :]
-            rows = sample.rows[places]
-            losses = self._objective.losses(rows.tolist(), held_out=False)
-            loss = (losses * torch.from_numpy(sample.weights[places]).to(self._device)).mean()
-            if not torch.isfinite(loss):
-                raise TrainingError(
-                    f"the loss is {loss.item()} at step {state.step + 1} of {self._steps}; train with a smaller "
-                    f"--learning-rate (now {self._loop.learning_rate:g})"
-                )
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            state.residuals[rows] = -np.expm1(-losses.detach().cpu().double().numpy())
+            loss = self._hear(sample, np.asarray(places), heard)
+            own[state.step - met] = loss
+            if self._together:
+                workers.add_up(self._synapses.gradient, own, heard)
+                self._require_finite(own, state.step)
             self._step(state, rates, credit)
             state.step += 1
-            running.append(loss.item())
+            if not self._together:
+                if state.step - met < plan.exchange_every and state.step < end:
+                    continue
+                self._meet(state, credit, own, heard)
+                self._require_finite(own, met)
+            known = (heard[1] > 0).cpu()
+            state.residuals[known.numpy()] = -np.expm1(-(heard[0] / heard[1]).cpu()[known].double().numpy())
+            running += own[: state.step - met].tolist()
+            met = state.step
+            own.zero_()
+            heard.zero_()
             if report is not None:
                 report(state.step, self._steps, running[-1], min((c.held_out_loss for c in state.curve), default=None))
         return float(np.mean(running)), credit
 
+    def _hear(self, sample: Sample, places: Int[np.ndarray, " places"], heard: torch.Tensor) -> torch.Tensor:
+        """One backward pass of what this worker computes of a batch; its part of the batch's mean loss.
+
+        Adds to `heard` the loss of each example, and how often it was seen.
+        """
+        plan, workers = self._plan, self._workers
+        alike = self._together or plan.schedule == "local"
+        share = (workers if alike else Workers()).share(sample.rows[places])
+        places, whole = places[share.places], len(places)
+        counts = torch.from_numpy(share.counts).to(self._device)
+        losses = self._objective.losses(sample.rows[places].tolist(), held_out=False)
+        loss = (losses * torch.from_numpy(sample.weights[places]).to(self._device) * counts).sum()
+        (loss / (whole if self._together else len(places))).backward()  # type: ignore[no-untyped-call]
+        rows = torch.from_numpy(sample.rows[places]).to(self._device)
+        heard[0, rows] += losses.detach() * counts
+        heard[1, rows] += counts
+        return loss.detach() / (whole if alike else whole * workers.count)
+
+    def _meet(self, state: _State, credit: torch.Tensor, own: torch.Tensor, heard: torch.Tensor) -> None:
+        """Put together what the workers learned apart: the mean, or of each module what its worker made of it."""
+        workers, parts = self._workers, (self._synapses.change, state.first, state.second, credit)
+        if self._plan.schedule == "local":
+            weight = torch.full_like(credit, 1 / workers.count)
+        else:
+            weight = (state.modules == workers.rank).float()
+        for part in parts:
+            part *= weight if part is credit else weight[:, None]
+        workers.add_up(*parts, own, heard)
+        self._synapses.show()
+
+    def _require_finite(self, losses: torch.Tensor, before: int) -> None:
+        if bool(torch.isfinite(losses).all()):
+            return
+        step = int((~torch.isfinite(losses)).nonzero()[0])
+        raise TrainingError(
+            f"the loss is {losses[step].item()} at step {before + step + 1} of {self._steps}; train with a smaller "
+            f"--learning-rate (now {self._loop.learning_rate:g})"
+        )
+
     def _step(self, state: _State, rates: torch.Tensor, credit: torch.Tensor) -> None:
-        """One step of Adam, each unit with its own age and rate."""
+        """One step of Adam, each unit with its own age and rate, and each module with its own."""
         gradient = self._synapses.gradient
         gradient.mul_(torch.clamp(_LONGEST_GRADIENT / gradient.norm().clamp_min(1e-30), max=1.0))
         state.first.lerp_(gradient, 1 - _BETAS[0])
         state.second.lerp_(gradient.square(), 1 - _BETAS[1])
         state.ages += 1
         scale = [(1 - beta**ages)[:, None] for beta, ages in zip(_BETAS, state.ages, strict=True)]
-        rate = self._loop.learning_rate * rate_at(state.step, self._steps) * state.rate * rates[:, None]
-        step = rate * (state.first / scale[0]) / ((state.second / scale[1]).sqrt_().add_(_EPSILON))
+        now = self._loop.learning_rate * rate_at(state.step, self._steps)
+        rate = torch.tensor([now * rate for rate in state.rates], device=self._device)[state.modules] * rates
+        step = rate[:, None] * (state.first / scale[0]) / ((state.second / scale[1]).sqrt_().add_(_EPSILON))
         credit += (gradient * step).sum(dim=1)
         self._synapses.change -= step
         self._synapses.show()
         gradient.zero_()
 
     def _unit_rates(self, state: _State) -> Float[torch.Tensor, " active"]:
-        if self._plan.trails is None:
-            return torch.ones(len(state.active), device=self._device)
-        trail = state.trail[state.active]
-        return (trail / trail.mean()).pow(self._plan.trail_in_rate).clamp(*_TRAIL_RANGE)
+        rates = torch.ones(len(state.active), device=self._device)
+        if self._plan.trails is not None:
+            trail = state.trail[state.active]
+            rates = (trail / trail.mean()).pow(self._plan.trail_in_rate).clamp(*_TRAIL_RANGE)
+        if not self._together and self._plan.schedule == "modules":
+            rates = rates * (state.modules == self._workers.rank)
+        return rates
 
     def _end_round(
         self, state: _State, before: AnswerLogits | None, start: torch.Tensor
-    ) -> tuple[AnswerLogits | None, float]:
-        """Search the round's step, and go there; the held-out logits then."""
+    ) -> tuple[AnswerLogits | None, Float[np.ndarray, " modules"]]:
+        """Search the step of each module in this round, and go there; the held-out logits then."""
+        count = self._plan.modules
         if before is None:
-            return None, 1.0
-        after = self._held_out_logits()
-        step = float(best_steps(before, [after.logits.float() - before.logits.float()])[0])
-        if abs(step - 1) < _AS_IT_IS:
-            return after, step
+            return None, np.ones(count)
         end = self._synapses.change.clone()
-        self._synapses.change.copy_(start + step * (end - start))
-        self._synapses.show()
-        moved = self._held_out_logits()
-        if moved.losses().mean() <= after.losses().mean():
-            return moved, step
-        self._synapses.change.copy_(end)
-        self._synapses.show()
-        return after, step
+        after = self._held_out_logits()
+        alone = [after]
+        if count > 1:
+            members = [(state.modules == module)[:, None] for module in range(count)]
+            alone = [self._held_out_logits_at(torch.where(member, end, start)) for member in members]
+        steps = best_steps(before, [found.logits.float() - before.logits.float() for found in alone])
+        if abs(steps - 1).max() >= _AS_IT_IS:
+            lengths = torch.from_numpy(steps).float().to(self._device)[state.modules]
+            moved = self._held_out_logits_at(start + lengths[:, None] * (end - start))
+            if moved.losses().mean() <= after.losses().mean():
+                return moved, steps
+        self._go(end)
+        return after, steps
 
-    def _adapt(self, state: _State, credit: torch.Tensor, step: float) -> None:
-        """Learn from a round: trails, rate, and which units move in the next."""
+    def _go(self, change: Float[torch.Tensor, "active size"]) -> None:
+        self._synapses.change.copy_(change)
+        self._synapses.show()
+
+    def _adapt(self, state: _State, credit: torch.Tensor, steps: Float[np.ndarray, " modules"]) -> None:
+        """Learn from a round: trails, rates, and which units move in the next."""
         plan, synapses = self._plan, self._synapses
         if plan.trails is not None:
             state.trail = plan.trails.after(state.trail, state.active, credit, synapses.matrices)
         if plan.adaptive_rate and plan.line_search:
-            state.rate = min(max(state.rate * math.sqrt(min(max(step, 0.5), 1.5)), _RATE_RANGE[0]), _RATE_RANGE[1])
-        share = plan.replaced * 0.5 * (1 + math.cos(math.pi * state.round / max(1, plan.rounds - 1)))
+            grown = np.array(state.rates) * np.sqrt(np.clip(steps, 0.5, 1.5))
+            state.rates = np.clip(grown, *_RATE_RANGE).tolist()
+        share = plan.replaced * 0.5 * (1 + math.cos(math.pi * state.round / max(1, self._rounds - 1)))
         count = round(share * len(state.active))
         if count:
             self._replace(state, count)
@@ -289,7 +397,12 @@ class Refinement:
         second = mean_second[:, None].expand(-1, synapses.size)
         state.second = torch.cat([state.second[~leave], second])[order]
         state.ages, state.active = ages[:, order], old[order]
+        state.modules = torch.cat([state.modules[~leave], torch.zeros_like(enter)])[order]
         synapses.select(state.active)
+        if plan.modules > 1:
+            new = torch.isin(state.active, enter)
+            placed = modules_of(self._norms()[new.cpu().numpy()], state.aspect_modules.cpu().numpy())
+            state.modules[new] = torch.from_numpy(placed).to(self._device)
 
     def _mean_second(self, state: _State, units: torch.Tensor) -> Float[torch.Tensor, " units"]:
         """The mean second moment in each unit's matrix; 0 without trails, or where nothing moved there."""
@@ -300,18 +413,27 @@ class Refinement:
         sums = torch.zeros(count, device=self._device).index_add_(0, matrices, corrected)
         return (sums / torch.bincount(matrices, minlength=count).clamp_min(1))[self._synapses.matrix_of(units)]
 
+    def _held_out_logits_at(self, change: Float[torch.Tensor, "active size"]) -> AnswerLogits:
+        self._go(change)
+        return self._held_out_logits()
+
     @torch.no_grad()
     def _held_out_logits(self) -> AnswerLogits:
-        size = 4 * self._loop.batch_size
-        parts = [
-            self._objective.logits(range(first, min(first + size, self._held_out)), held_out=True)
-            for first in range(0, self._held_out, size)
-        ]
+        found = [self._objective.logits(rows, held_out=True) for rows in self._held_out_parts()]
+        own = [part._replace(logits=part.logits.bfloat16()) for part in found]
+        parts = [part for parts in self._workers.gather(own) for part in parts]
         return AnswerLogits(
-            torch.cat([part.logits.bfloat16() for part in parts]),
-            torch.cat([part.targets for part in parts]),
+            torch.cat([part.logits.to(self._device) for part in parts]),
+            torch.cat([part.targets.to(self._device) for part in parts]),
             [length for part in parts for length in part.lengths],
         )
 
+    @torch.no_grad()
     def _held_out_loss(self) -> float:
-        return held_out_loss(self._objective, self._held_out, self._loop.batch_size)
+        own = [self._objective.losses(rows, held_out=True).cpu() for rows in self._held_out_parts()]
+        return float(torch.cat([part for parts in self._workers.gather(own) for part in parts]).mean())
+
+    def _held_out_parts(self) -> list[range]:
+        """What this worker computes of the held-out examples, in batches."""
+        part, size = self._workers.part(self._held_out), 4 * self._loop.batch_size
+        return [part[first : first + size] for first in range(0, len(part), size)]
