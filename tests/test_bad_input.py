@@ -241,7 +241,12 @@ REFERENCES = [
     Bad("a rate of 0", f"{FINETUNE} --learning-rate 0", 2, "0.0 is not in the range x>0"),
     Bad("no epochs", f"{FINETUNE} --epochs 0", 2, "0 is not in the range x>=1"),
     Bad("one example", f"{FINETUNE} --examples 1", 2, "1 is not in the range x>=2"),
-    Bad("targets to train on", "finetune pairs.jsonl -o new", 1, "references are trained on labels; this dataset has"),
+    Bad(
+        "targets for a probe",
+        "finetune pairs.jsonl -o new --method head --held-out 0.5",
+        1,
+        "a linear probe needs two labels or more",
+    ),
     Bad("training over a program", "finetune good.csv -o program", 1, "program exists and is not a reference; choose"),
     Bad("training over a file", "finetune good.csv -o good.csv", 2, "good.csv is a file, expected a folder"),
     Bad("no reference", "evaluate program --data test.csv", 2, "Missing option '--reference'"),

@@ -9,9 +9,9 @@ from transformers import AutoTokenizer
 from evaluation.evaluate import ask_references, evaluate
 from evaluation.reference.loop import LoopSettings
 from evaluation.reference.trainer import finetune, load_reference, same_labels
-from icl_compiler.compile import compile_program
+from icl_compiler.compile import compile_program, load_tokenizer
 from icl_compiler.data import Dataset
-from icl_compiler.errors import ArtifactError, ContextLengthError, EvaluationError, TrainingError
+from icl_compiler.errors import ArtifactError, ContextLengthError, EvaluationError, LabelError, TrainingError
 from icl_compiler.models import locate
 from icl_compiler.predictor import open_backend
 
@@ -60,6 +60,31 @@ def test_really_learns_and_reloads_the_same(references: list[Path]) -> None:
     np.testing.assert_array_equal(said.probabilities, again.probabilities)
     assert reference.curve[0].held_out_loss > 2 * min(check.held_out_loss for check in reference.curve)
     assert (reference.seed, reference.examples, reference.method) == (0, 126, "full fine-tuning")
+
+
+def test_learns_to_generate(tiny: str, tmp_path: Path) -> None:
+    def pairs(count: int, seed: int) -> Dataset:
+        chosen = np.random.default_rng(seed).choice(len(COLOURS), count)
+        return Dataset(
+            tuple(f"{i} {COLOURS[c]}" for i, c in enumerate(chosen)),
+            tuple(f"a {ANIMALS[c]} is {COLOURS[c]}" for c in chosen),
+            "generation",
+            "pairs",
+        )
+
+    reference = finetune(pairs(140, 0), tmp_path / "r", model=tiny, settings=SETTINGS)
+    assert reference.labels == ()
+    with pytest.raises(LabelError, match="generates text, it has no labels; `icl merge`"):
+        reference.predictor()
+    reference.merge(tmp_path / "merged")
+    backend = open_backend("transformers", str(tmp_path / "merged"))
+    program = compile_program(pairs(4, 1), model=tiny, retriever="bm25", shots=0)
+    asked = [prompt.tokens for prompt in program.prompts([f"{900 + i} {colour}" for i, colour in enumerate(COLOURS)])]
+    said = backend.generate(asked, program.template.terminator_ids, max_new_tokens=20, temperature=0.0)
+    decode = load_tokenizer(tiny).decode
+    assert [decode(item.tokens).strip() for item in said.items] == [
+        f"a {animal} is {colour}" for animal, colour in zip(ANIMALS, COLOURS, strict=True)
+    ]
 
 
 def test_a_changed_weight_file_is_refused(references: list[Path], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from evaluation.reference.objective import TrainingExample, count_tokens
 from icl_compiler.artifact import new_folder, read_manifest, require_replaceable, write_manifest
 from icl_compiler.compile import DEFAULT_TEMPLATES, load_tokenizer
 from icl_compiler.data import Dataset
-from icl_compiler.errors import ArtifactError, ContextLengthError, TrainingError
+from icl_compiler.errors import ArtifactError, ContextLengthError, LabelError, TrainingError
 from icl_compiler.models import locate
 from icl_compiler.predictor import Predictor
 from icl_compiler.templates import EncodedTemplate, Template
@@ -33,7 +33,9 @@ class Reference:
 
     Attributes:
         folder: where it lies.
-        labels: in the order of all probabilities.
+        labels: in the order of all probabilities; none if it generates text.
+        method: in words.
+        method_name: in `method.METHODS`.
         curve: every look at the held-out examples while it was trained.
     """
 
@@ -54,7 +56,16 @@ class Reference:
         return f"{self.method}, seed {self.seed}, {self.examples:,} examples"
 
     def predictor(self, *, dtype: str = "auto") -> Predictor:
-        """The reference as a predictor of its labels."""
+        """The reference as a predictor of its labels.
+
+        Raises:
+            LabelError: if it generates text.
+        """
+        if not self.labels:
+            raise LabelError(
+                f"the reference {str(self.folder)!r} generates text, it has no labels; `icl merge` makes a checkpoint "
+                "of it, for vLLM"
+            )
         predictor: Predictor = self._how.predictor(self, dtype)
         return predictor
 
@@ -94,13 +105,11 @@ def finetune(
     report: Report | None = None,
     checkpoint_every_s: float = 120.0,
 ) -> Reference:
-    """Fine-tune `model` on `data` and save it as `folder`, with the best held-out loss.
+    """Fine-tune `model` on `data`, labels or targets, and save it as `folder`, with the best held-out loss.
 
     A training that is killed is taken up again by the same call: its state lies beside `folder` until it is done.
 
     Args:
-        method: in words.
-        method_name: in `method.METHODS`.
         method: one of `method.METHODS`, with its settings; by default all weights are trained.
         held_out: share of the rows that is never trained on, for early stopping; at most 200 rows.
 
@@ -110,8 +119,7 @@ def finetune(
     """
     settings = settings or LoopSettings()
     method = method or Full()
-    if data.task != "classification":
-        raise TrainingError("references are trained on labels; this dataset has targets")
+    labels = data.labels if data.task == "classification" else ()
     if model == "echo":
         raise TrainingError("the model 'echo' has no weights to train; name a real one with --model")
     require_replaceable(folder, kind="reference")
@@ -122,10 +130,11 @@ def finetune(
             "and some to train on"
         )
     trained, stopped_on = data.split(rows, seed=settings.seed)
-    _require_labels(data, trained)
+    if labels:
+        _require_labels(data, trained)
     text_template = Template.from_name(template or DEFAULT_TEMPLATES[data.task])
     tokenizer = load_tokenizer(model)
-    encoded = EncodedTemplate.build(text_template, tokenizer, data.labels)
+    encoded = EncodedTemplate.build(text_template, tokenizer, labels)
     encoded.label_words()
     examples, held_out_examples = _examples(encoded, trained), _examples(encoded, stopped_on)
     asked = {"method": name_of(method), **vars(method), "loop": asdict(settings), "model": model}
@@ -136,7 +145,7 @@ def finetune(
         model,
         examples,
         held_out_examples,
-        data.labels,
+        labels,
         trained.answers,
         stopped_on.answers,
         encoded,
@@ -156,7 +165,7 @@ def finetune(
                 "method": method.description,
                 "how": {"name": name_of(method), **vars(method)},
                 "base_model": model,
-                "labels": list(data.labels),
+                "labels": list(labels),
                 "template": text_template.name,
                 "settings": {**asdict(settings), "held_out": held_out},
                 "trained_parameters": fitted.trained_parameters,
