@@ -27,12 +27,14 @@ def probe(
     backward: Callable[[Sequence[int]], object],
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     kind: Importance = "agreement",
+    add_up: Callable[[torch.Tensor], object] | None = None,
 ) -> Float[torch.Tensor, " units"]:
     """The importance of every unit, at least 0.
 
     Args:
         backward: computes the mean loss of some examples, and its gradient.
         pairs: examples of each pair of batches.
+        add_up: puts into a gradient the sum of all workers', where there are several.
     """
     scores = torch.zeros(len(synapses), device=synapses.active.device)
     if kind == "random":
@@ -40,6 +42,8 @@ def probe(
     first: dict[int, torch.Tensor] = {}
 
     def see(number: int, gradient: torch.Tensor) -> None:
+        if add_up is not None:
+            add_up(gradient)
         matrix = synapses.matrices[number]
         if kind == "agreement":
             if number not in first:

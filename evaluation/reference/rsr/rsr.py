@@ -17,7 +17,7 @@ from evaluation.reference.rsr.modules import MOST_ASPECTS, aspects_of
 from evaluation.reference.rsr.synapses import Synapses
 from evaluation.reference.rsr.trails import Trails
 from evaluation.reference.rsr.training import Plan, Refinement, Schedule
-from evaluation.reference.rsr.workers import Outcome, SharedSynapses, Workers, train_together
+from evaluation.reference.rsr.workers import Outcome, Workers, train_together
 from icl_compiler.errors import TrainingError
 from icl_compiler.models import load_causal_lm
 
@@ -124,7 +124,7 @@ class RSR(Method):
         model = task.load(task.frozen_dtype)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         frontier = 2 * len(model.base_model.layers) // 3 if self.frontier is None else self.frontier
-        synapses = SharedSynapses(model, workers, frontier=frontier, size=self.unit)
+        synapses = Synapses(model, frontier=frontier, size=self.unit)
         count = round(self.budget * parameters / synapses.size)
         if not 0 < count <= len(synapses):
             raise TrainingError(

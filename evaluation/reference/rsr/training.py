@@ -80,7 +80,7 @@ class Refinement:
     - `modules`: each worker sees the whole batch and moves one module; the modules are put together now and then.
 
     Args:
-        synapses: of the model of `objective`; `SharedSynapses` where there are several workers.
+        synapses: of the model of `objective`.
         train, held_out: how many examples there are.
         aspects: of each example to train on, for modules.
     """
@@ -201,7 +201,7 @@ class Refinement:
         drawn = [self._stream.permutation(self._train)[: 2 * size] for _ in range(pairs)]
         halves = [(rows[:size].tolist(), rows[size:].tolist()) for rows in drawn]
 
-        return probe(self._synapses, self._backward, halves, self._plan.importance)
+        return probe(self._synapses, self._backward, halves, self._plan.importance, self._workers.add_up)
 
     def _backward(self, rows: Sequence[int]) -> None:
         """This worker's share of the gradient of the mean loss."""

@@ -10,8 +10,7 @@
 import signal
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -24,7 +23,6 @@ import torch
 from jaxtyping import Float, Float32, Int
 
 from evaluation.reference.loop import Check, LoopSettings, Report
-from evaluation.reference.rsr.synapses import Probe, Synapses
 from icl_compiler.errors import ICLError, TrainingError
 
 if TYPE_CHECKING:
@@ -106,25 +104,6 @@ class Workers:
         found: list[Any] = [None] * self.count
         together.all_gather_object(found, value)
         return found
-
-
-class SharedSynapses(Synapses):
-    """Synapses whose probes see the gradient of all workers' shares."""
-
-    def __init__(self, model: Any, workers: Workers, *, frontier: int = 0, size: int | None = None) -> None:
-        super().__init__(model, frontier=frontier, size=size)
-        self._workers = workers
-
-    @contextmanager
-    def probing(self, probe: Probe) -> Iterator[None]:
-        """As of `Synapses`; every worker has to compute its backward passes."""
-
-        def see(number: int, gradient: torch.Tensor) -> object:
-            self._workers.add_up(gradient)
-            return probe(number, gradient)
-
-        with super().probing(see):
-            yield
 
 
 class Outcome(NamedTuple):
