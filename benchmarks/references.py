@@ -9,6 +9,7 @@
   drawn at random; processor seconds are those of the whole training process, its start included; the peak is its
   resident memory. `floor` is the TV between two seeds of a method.
 - ablation: RSR with one part switched off, or exchanged, on 1,111 rows of banking77 and of subj, three seeds.
+- workers: RSR by one and by two processes, on 1,111 rows of banking77; alone on the machine, with all its threads.
 
 Rows are appended to `benchmarks/rows/references.jsonl`; what stands there is not measured again, so that the command
 can be stopped at any time. `--part 0/2` and `--part 1/2`, with OMP_NUM_THREADS=1, share the work. At the end the
@@ -21,6 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +61,12 @@ ABLATIONS = {
     "pieces of 64": {"unit": "64"},
     "single entries": {"unit": "1"},
     "all layers": {"frontier": "0"},
+}
+WORKERS = {
+    "one worker": {},
+    "two, each with half of a batch": {"workers": "2"},
+    "two, apart": {"workers": "2", "schedule": "local"},
+    "two, a module each": {"workers": "2", "schedule": "modules", "modules": "2"},
 }
 TEST_ROWS, SEARCH_ROWS, MAIN_ROWS, ABLATION_ROWS = 400, 600, 2222, 1111
 Row = dict[str, Any]
@@ -109,6 +117,12 @@ def cells(stages: list[str], datasets: list[str]) -> Iterator[Cell]:
                         told = tuple(settings.items())
                         yield Cell("ablation", name, "rsr", variant, told, rate, seed, ABLATION_ROWS, EPOCHS[name])
 
+    if "workers" in stages:
+        for variant, settings in WORKERS.items():
+            if (rate := found_rate("rsr", "banking77")) is not None:
+                told = tuple(settings.items())
+                yield Cell("workers", "banking77", "rsr", variant, told, rate, 0, ABLATION_ROWS, EPOCHS["banking77"])
+
 
 def found_rate(method: str, dataset: str) -> float | None:
     """The learning rate with the lowest held-out loss; `None` while it is not known."""
@@ -131,6 +145,7 @@ def measure(cell: Cell, data: Path) -> Row:
         command += ["--seed", str(cell.seed), "--examples", str(cell.rows), "--epochs", str(cell.epochs)]
         command += [part for name, value in cell.settings for part in ("--set", f"{name}={value}")]
         print("$", " ".join(command[1:]), flush=True)
+        started = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, status, used = os.wait4(process.pid, 0)
         if status:
@@ -143,6 +158,7 @@ def measure(cell: Cell, data: Path) -> Row:
             "held_out_loss": best.held_out_loss,
             "seconds_to_best": best.seconds,
             "seconds": reference.curve[-1].seconds,
+            "wall_seconds": time.perf_counter() - started,
             "cpu_seconds": used.ru_utime + used.ru_stime,
             "peak_mib": used.ru_maxrss / 1024,
             "artefact_mb": sum(file.stat().st_size for file in learned(folder)) / 1e6,
@@ -192,7 +208,7 @@ def floors() -> Iterator[Row]:
 def tables() -> str:
     """What was measured, in Markdown: means over seeds, with the lowest and the highest."""
     lines = []
-    for stage, by in (("search", "rate"), ("main", "method"), ("ablation", "variant")):
+    for stage, by in (("search", "rate"), ("main", "method"), ("ablation", "variant"), ("workers", "variant")):
         groups: dict[tuple[object, ...], list[Row]] = {}
         for row in measured():
             if row["stage"] == stage:
@@ -206,8 +222,8 @@ def tables() -> str:
 
 
 _NUMBERS = (
-    "accuracy", "nll", "held_out_loss", "trained_parameters", "cpu_seconds", "seconds_to_best", "peak_mib",
-    "artefact_mb",
+    "accuracy", "nll", "held_out_loss", "trained_parameters", "cpu_seconds", "wall_seconds", "seconds_to_best",
+    "peak_mib", "artefact_mb",
 )  # fmt: skip
 
 
@@ -221,7 +237,9 @@ def _cell(values: list[float]) -> str:
 def main() -> None:
     """Measure what is not measured yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", nargs="+", choices=("search", "main", "ablation"), default=["search", "main"])
+    parser.add_argument(
+        "--stages", nargs="+", choices=("search", "main", "ablation", "workers"), default=["search", "main"]
+    )
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
     parser.add_argument("--part", default="0/1")
     asked = parser.parse_args()
