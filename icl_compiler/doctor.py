@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 from icl_compiler.models import EMBEDDED, cache_folder
 
 _NEEDED = (
-    "torch", "transformers", "accelerate", "gguf", "sentence-transformers", "faiss-cpu", "bm25s", "datasets",
-    "pyarrow", "click", "jinja2", "safetensors", "numpy", "scipy", "jaxtyping", "tqdm", "plotly",
+    "torch", "transformers", "accelerate", "gguf", "sentence-transformers", "scikit-learn", "faiss-cpu", "bm25s",
+    "datasets", "pyarrow", "click", "jinja2", "safetensors", "numpy", "scipy", "jaxtyping", "tqdm", "plotly",
     "httpx2",
 )  # fmt: skip
 _SPACE_NEEDED = 2 << 30

@@ -43,12 +43,12 @@ class Reference:
     labels: tuple[str, ...]
     template: Template
     method: str
-    method_name: str
     base_model: str
     seed: int
     examples: int
     data_hash: str
     curve: tuple[Check, ...]
+    method_name: str = "full"
 
     @property
     def description(self) -> str:
@@ -190,12 +190,12 @@ def load_reference(folder: Path) -> Reference:
         tuple(manifest["labels"]),
         Template(manifest["template"], (folder / "template.jinja").read_text(encoding="utf-8")),
         manifest["method"],
-        manifest.get("how", {"name": "full"})["name"],  # until 0.3.0 there was no other
         manifest["base_model"],
         manifest["settings"]["seed"],
         manifest["data"]["rows"],
         manifest["data"]["sha256"],
         tuple(Check(**check) for check in manifest["curve"]),
+        manifest.get("how", {"name": "full"})["name"],  # until 0.3.0 there was no other
     )
 
 
