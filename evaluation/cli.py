@@ -150,7 +150,7 @@ def evaluate(
 @seed_option
 @json_option
 def demo(output: Path, queries: int, n_train: int, seed: int, as_json: bool) -> None:
-    """See the whole idea on small models, in about 8 minutes.
+    """See the whole idea on small models, in about 6 minutes.
 
     Customer messages, made by code, are compiled into prompts for a frozen SmolLM2-135M; the same model is
     fine-tuned on them, twice; the gap between the two is measured for several numbers of examples. Needs two
