@@ -75,3 +75,29 @@ def test_no_such_layer(model: torch.nn.Module) -> None:
 
 def test_tokens_are_counted() -> None:
     np.testing.assert_array_equal(count_tokens(EXAMPLES), [6, 5, 9, 2])
+
+
+def test_what_is_kept_of_the_frozen_layers_may_lie_on_the_disk(
+    model: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = method(model, first_layer=1).losses(range(4), held_out=False)
+    monkeypatch.setattr("evaluation.reference.frozen_part.IN_MEMORY", 0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    made: list[str] = []
+    from_file = torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda name, **more: made.append(name) or from_file(name, **more))
+    on_disk = method(model, first_layer=1)
+    assert [Path(name).parent for name in made] == [tmp_path, tmp_path]
+    assert not list(tmp_path.glob("icl-frozen-*")), "nothing is left behind, even if the process is killed"
+    for _ in range(2):
+        torch.testing.assert_close(on_disk.losses(range(4), held_out=False), expected, atol=1e-6, rtol=0)
+
+
+def test_no_space_for_what_the_frozen_layers_give(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("evaluation.reference.frozen_part.IN_MEMORY", 0)
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(TrainingError, match=r"No space left on device\); set TMPDIR to a folder that has"):
+        method(model, first_layer=1)

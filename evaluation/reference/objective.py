@@ -3,7 +3,7 @@
 - A batch is a tree of tokens (`icl_compiler/prefix_tree.py`): the instruction that all examples share is computed
   once a step, and there is no padding. The gradient is the same.
 - What stands below the *frontier*, the lowest layer that is trained, is computed once per example and kept, so that
-  from the second epoch on it costs nothing.
+  from the second epoch on it costs nothing; on the disk (`frozen_part.py`) if it takes gigabytes.
 - Products are computed in bfloat16 (autocast) where the processor has it; the residual stream stays in float32.
 - The output layer, over the whole vocabulary, is computed at the answer's positions only.
 """
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from evaluation.reference.frozen_part import FrozenOutputs
 from icl_compiler.prefix_tree import PrefixTree
 
 
@@ -69,7 +70,13 @@ class AnswerLoss:
         self._examples = {False: train, True: held_out}
         self.frontier = frontier
         self._lower, self._upper = _split(model.base_model, frontier)
-        self._inputs: dict[tuple[bool, int], torch.Tensor] = {}
+        self._kept = {}
+        if frontier:
+            width = model.get_input_embeddings().embedding_dim
+            dtype = torch.bfloat16 if bfloat16 else torch.float32
+            for is_held_out, examples in self._examples.items():
+                lengths = [len(example.prompt) + len(example.answer) - 1 for example in examples]
+                self._kept[is_held_out] = FrozenOutputs(lengths, width, dtype)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that move."""
@@ -115,18 +122,17 @@ class AnswerLoss:
         mask: torch.Tensor,
     ) -> torch.Tensor:
         """What the frozen layers give at each node; computed the first time an example is seen, then kept."""
-        if any((held_out, row) not in self._inputs for row in rows):
+        kept = self._kept[held_out]
+        paths = [torch.from_numpy(path).to(self._device) for path in tree.paths]
+        if any(row not in kept for row in rows):
             output = self._lower(
                 inputs_embeds=self._embedded(tree), position_ids=positions, attention_mask=mask, use_cache=False
             ).last_hidden_state[0]
-            for row, path in zip(rows, tree.paths, strict=True):
-                self._inputs[held_out, row] = output[torch.from_numpy(path).to(self._device)].to(
-                    torch.bfloat16 if self._bfloat16 else torch.float32
-                )
-        width = next(iter(self._inputs.values())).shape[-1]
-        joined = torch.zeros(len(tree.tokens), width, device=self._device)
-        for row, path in zip(rows, tree.paths, strict=True):
-            joined[torch.from_numpy(path).to(self._device)] = self._inputs[held_out, row].float()
+            for row, path in zip(rows, paths, strict=True):
+                kept[row] = output[path]
+        joined = torch.zeros(len(tree.tokens), kept[rows[0]].shape[-1], device=self._device)
+        for row, path in zip(rows, paths, strict=True):
+            joined[path] = kept[row].to(self._device).float()
         return joined[None]
 
 
