@@ -42,9 +42,9 @@ class FrozenOutputs:
                     flat = torch.from_file(file.name, shared=True, size=count, dtype=dtype)
             except OSError as error:
                 raise TrainingError(
-                    f"what the frozen layers give for all examples takes {size / 1e9:.1f} GB, and "
-                    f"{tempfile.gettempdir()} has no space for it ({error.strerror or error}); set TMPDIR to a folder that has, take fewer "
-                    "--examples, or train all layers (--first-layer 0)"
+                    f"what the frozen layers give takes {size / 1e9:.1f} GB, and {tempfile.gettempdir()} has no space "
+                    f"for it ({error.strerror or error}); set TMPDIR to a folder that has, take fewer --examples, or "
+                    "train all layers (--first-layer 0)"
                 ) from error
         self._all = flat.view(-1, width)
 
