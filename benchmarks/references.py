@@ -41,7 +41,7 @@ EPOCHS = {"banking77": 3, "clinc150_oos": 3, "subj": 2, "mr": 2}
 SEARCHED = {"banking77": "banking77", "clinc150_oos": "banking77", "subj": "subj", "mr": "subj"}
 RATES = {
     "rsr": (3e-3, 1e-2, 3e-2),
-    "lora": (3e-4, 1e-3, 3e-3),
+    "lora": (3e-4, 1e-3, 3e-3, 1e-2),
     "full": (3e-5, 1e-4, 3e-4),
     "shira": (1e-3, 3e-3, 1e-2),
     "loreft": (1e-3, 3e-3, 1e-2),
