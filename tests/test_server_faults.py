@@ -215,11 +215,16 @@ GARBAGE_IN_TEXT = {
 
 @pytest.mark.parametrize("event", GARBAGE_IN_TEXT.values(), ids=GARBAGE_IN_TEXT)
 def test_garbage_in_a_text(event: Any, shop: tuple[TestClient, Endpoint, FakeVLLM]) -> None:
-    """Before its first part it is an error; in its middle, the stream ends with one."""
     client, endpoint, engine = shop
     engine.spoil = lambda _: event
     for more in ({}, {"stream": True}):
         assert error(client.post("/v1/completions", json={**SAY, **more}), 502)["code"] == "engine_failed"
+    assert is_empty(endpoint)
+
+
+@pytest.mark.parametrize("event", GARBAGE_IN_TEXT.values(), ids=GARBAGE_IN_TEXT)
+def test_garbage_in_the_middle_of_a_text(event: Any, shop: tuple[TestClient, Endpoint, FakeVLLM]) -> None:
+    client, endpoint, engine = shop
     left = [2]
 
     def later(good: Json) -> Any:
