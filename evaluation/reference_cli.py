@@ -10,6 +10,7 @@ import click
 from icl_compiler.command_line import (
     FiniteNumber,
     OutputFolder,
+    TableName,
     WholeNumber,
     json_option,
     label_column_option,
@@ -21,11 +22,10 @@ from icl_compiler.command_line import (
     template_option,
     text_column_option,
 )
+from icl_compiler.registry import METHODS
 
 if TYPE_CHECKING:
     from evaluation.reference.loop import Report
-
-_METHODS = ("rsr", "full", "lora", "loreft", "shira", "head")
 
 
 @click.command()
@@ -33,7 +33,9 @@ _METHODS = ("rsr", "full", "lora", "loreft", "shira", "head")
 @click.option(
     "-o", "--output", type=OutputFolder(), required=True, help="Reference to write; one that is there is replaced."
 )
-@click.option("--method", default="full", type=click.Choice(_METHODS), metavar="NAME", help="How to train; see above.")
+@click.option(
+    "--method", default="full", type=TableName("method", METHODS), metavar="NAME", help="How to train; see above."
+)
 @click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the method, such as rank=16."
 )

@@ -29,6 +29,14 @@ BACKENDS: Mapping[str, str] = {
     "vllm_server": "icl_compiler.backends.vllm_server:VLLMServerBackend",
     "echo": "icl_compiler.backends.echo:EchoBackend",
 }
+METHODS: Mapping[str, str] = {
+    "rsr": "evaluation.reference.rsr.rsr:RSR",
+    "loreft": "evaluation.reference.loreft:LoReFT",
+    "lora": "evaluation.reference.peft_methods:LoRA",
+    "shira": "evaluation.reference.peft_methods:SHiRA",
+    "full": "evaluation.reference.full:Full",
+    "head": "evaluation.reference.head:Head",
+}
 COMMANDS: Mapping[str, str] = {
     "demo": "evaluation.cli:demo",
     "compile": "icl_compiler.cli:compile_command",

@@ -30,7 +30,14 @@ from evaluation.reference.method import Method, Task, name_of
 from evaluation.reference.objective import TrainingExample
 from evaluation.reference.pruning import Shape, drop_layers, layer_losses, narrow, neuron_importance
 from evaluation.reference.rsr.rsr import RSR
-from evaluation.reference.trainer import Reference, finetune, load_reference
+from evaluation.reference.trainer import (
+    HELD_OUT,
+    Reference,
+    finetune,
+    load_reference,
+    split_for_training,
+    training_examples,
+)
 from icl_compiler.artifact import new_folder
 from icl_compiler.backends.hf_transformers import TransformersBackend
 from icl_compiler.compile import DEFAULT_TEMPLATES, zero_shot_program
@@ -255,19 +262,11 @@ class _Exam(NamedTuple):
             raise TrainingError("a cascade learns labels; this dataset has targets")
         if test is not None and (unknown := sorted(set(test.labels) - set(data.labels))):
             raise TrainingError(f"{test.source} has the label {unknown[0]!r}, which {data.source} has not")
-        rows = min(200, round(0.1 * len(data)))  # as `finetune` holds out by default
-        if rows < 1:
-            raise TrainingError(f"{data.source} has {len(data)} rows; expected at least 5, to hold some out")
-        _, held_out = data.split(rows, seed=recipe.loop.seed)
+        _, held_out = split_for_training(data, HELD_OUT, seed=recipe.loop.seed)
         program = zero_shot_program(data.labels, template, model=model)
-
-        def examples(part: Dataset) -> list[TrainingExample]:
-            encoded = program.template
-            pairs = zip(encoded.queries(part.texts), encoded.answers(part.answers), strict=True)
-            return [TrainingExample([*encoded.head, *query], answer) for query, answer in pairs]
-
-        ranked = examples(held_out.subset(min(recipe.ranked, rows), seed=0))
-        return cls(lesson, program, Task(model, (), examples(held_out)), ranked, held_out if test is None else test)
+        stopped_on = training_examples(program.template, held_out)
+        ranked = training_examples(program.template, held_out.subset(min(recipe.ranked, len(held_out)), seed=0))
+        return cls(lesson, program, Task(model, (), stopped_on), ranked, held_out if test is None else test)
 
     def load(self, checkpoint: str) -> Any:
         return load_causal_lm(checkpoint, self.task.frozen_dtype)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from evaluation.reference.loop import LoopSettings, Report, train
+from evaluation.reference.loop import LoopSettings, Report
 from evaluation.reference.method import Fitted, Method, Task
 from icl_compiler.errors import TrainingError
 from icl_compiler.models import load_causal_lm
@@ -41,14 +41,7 @@ class Full(Method):
         model = task.load(torch.float32)
         parameters = unfreeze(model, self.first_layer)
         objective = task.objective(model, frontier=self.first_layer)
-        curve = train(
-            objective,
-            examples=len(task.train),
-            held_out=len(task.held_out),
-            settings=loop,
-            report=report,
-            checkpoint=task.checkpoint,
-        )
+        curve = task.run_loop(objective, loop, report)
 
         def save(folder: Path) -> None:
             model.to(torch.bfloat16).save_pretrained(folder)

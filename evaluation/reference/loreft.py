@@ -9,7 +9,7 @@
   computed by the same steps, so that the same numbers come out before saving and after reading.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,14 +18,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from evaluation.reference.loop import LoopSettings, Report, train
+from evaluation.reference.loop import LoopSettings, Report
 from evaluation.reference.method import Fitted, Method, Task
-from evaluation.reference.objective import AnswerLoss, TrainingExample
 from icl_compiler.artifact import read_manifest
 from icl_compiler.backends.hf_loreft import Edit, EditedTokens, Editor, edit_network
 from icl_compiler.errors import TrainingError
 from icl_compiler.models import load_causal_lm
-from icl_compiler.prefix_tree import PrefixTree
 from icl_compiler.templates import EncodedTemplate
 
 if TYPE_CHECKING:
@@ -76,15 +74,8 @@ class LoReFT(Method):
         model.loreft = nn.ModuleList(edits.values())
         editor = Editor(place, edits)
         editor.edit_layers(model)
-        objective = _EditedLoss(editor, task.objective(model, frontier=layers[0]), task)
-        curve = train(
-            objective,
-            examples=len(task.train),
-            held_out=len(task.held_out),
-            settings=loop,
-            report=report,
-            checkpoint=task.checkpoint,
-        )
+        objective = task.objective(model, frontier=layers[0], watch=editor.see)
+        curve = task.run_loop(objective, loop, report)
 
         def save(folder: Path) -> None:
             with torch.no_grad():
@@ -178,25 +169,3 @@ class _Learned(nn.Module):
         with torch.autocast(self.b.device.type, enabled=False):
             r = self.r
             return Edit((self.w - r).to(device), self.b.to(device), r.to(device))
-
-
-class _EditedLoss:
-    """The loss of answers, with the tokens of each batch shown to the edits before."""
-
-    def __init__(self, editor: Editor, loss: AnswerLoss, task: Task) -> None:
-        self._editor = editor
-        self._loss = loss
-        self._device = task.device
-        self._examples: dict[bool, Sequence[TrainingExample]] = {False: task.train, True: task.held_out}
-
-    def parameters(self) -> list[nn.Parameter]:
-        return self._loss.parameters()
-
-    def losses(self, rows: Sequence[int], *, held_out: bool) -> torch.Tensor:
-        examples = [self._examples[held_out][row] for row in rows]
-        tree = PrefixTree.build([[*e.prompt, *e.answer[:-1]] for e in examples]).padded()  # as AnswerLoss does
-        tokens, positions, mask = (
-            torch.from_numpy(part)[None].to(self._device) for part in (tree.tokens, tree.positions, tree.ancestors)
-        )
-        self._editor.see(tokens, positions, mask[None])
-        return self._loss.losses(rows, held_out=held_out)

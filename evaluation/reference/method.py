@@ -1,7 +1,8 @@
 """What a method of fine-tuning is: how it trains, what it keeps, how that is read again.
 
-A method is a frozen dataclass of its own settings; `METHODS` names them. What all have in common (splits, template,
-folder, manifest) stands in `trainer.py`, the loss in `objective.py`, the loop in `loop.py`.
+A method is a frozen dataclass of its own settings; `METHODS` in `icl_compiler/registry.py` names them. What all have
+in common (splits, template, folder, manifest) stands in `trainer.py`, the loss in `objective.py`, the loop in
+`loop.py`.
 """
 
 import json
@@ -24,27 +25,18 @@ from typing import (
 import torch
 
 from evaluation.reference.checkpoint import Checkpoint
-from evaluation.reference.loop import Check, LoopSettings, Report
-from evaluation.reference.objective import AnswerLoss, TrainingExample
+from evaluation.reference.loop import Check, LoopSettings, Report, train
+from evaluation.reference.objective import AnswerLoss, TrainingExample, Watch
 from icl_compiler.backends.hf_transformers import TransformersBackend
 from icl_compiler.compile import zero_shot_program
 from icl_compiler.errors import TrainingError
 from icl_compiler.models import load_causal_lm
 from icl_compiler.predictor import Predictor, PromptedPredictor
-from icl_compiler.registry import did_you_mean, resolve
+from icl_compiler.registry import METHODS, did_you_mean, resolve
 from icl_compiler.templates import EncodedTemplate
 
 if TYPE_CHECKING:
     from evaluation.reference.trainer import Reference
-
-METHODS: Mapping[str, str] = {
-    "rsr": "evaluation.reference.rsr.rsr:RSR",
-    "loreft": "evaluation.reference.loreft:LoReFT",
-    "lora": "evaluation.reference.peft_methods:LoRA",
-    "shira": "evaluation.reference.peft_methods:SHiRA",
-    "full": "evaluation.reference.full:Full",
-    "head": "evaluation.reference.head:Head",
-}
 
 
 @dataclass(frozen=True)
@@ -89,9 +81,20 @@ class Task:
         network: Any = load_causal_lm(self.model, dtype)
         return network.to(self.device).train()
 
-    def objective(self, model: Any, *, frontier: int = 0) -> AnswerLoss:
-        """The loss of `model`, of which nothing below layer `frontier` moves."""
-        return AnswerLoss(model, self.train, self.held_out, frontier=frontier, bfloat16=self.bfloat16)
+    def objective(self, model: Any, *, frontier: int = 0, watch: Watch | None = None) -> AnswerLoss:
+        """The loss of `model`, of which nothing below layer `frontier` moves; `watch` as of `AnswerLoss`."""
+        return AnswerLoss(model, self.train, self.held_out, frontier=frontier, bfloat16=self.bfloat16, watch=watch)
+
+    def run_loop(self, objective: AnswerLoss, loop: LoopSettings, report: Report | None = None) -> list[Check]:
+        """Train all that may move by the common loop, and leave it at its best held-out loss; the curve."""
+        return train(
+            objective,
+            examples=len(self.train),
+            held_out=len(self.held_out),
+            settings=loop,
+            report=report,
+            checkpoint=self.checkpoint,
+        )
 
 
 class Fitted(NamedTuple):

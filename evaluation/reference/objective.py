@@ -9,7 +9,7 @@
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,8 @@ from jaxtyping import Float, Int
 
 from evaluation.reference.frozen_part import FrozenOutputs
 from icl_compiler.prefix_tree import PrefixTree
+
+Watch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
 
 
 class TrainingExample(NamedTuple):
@@ -53,6 +55,8 @@ class AnswerLoss:
         model: may hold modules of a method in place of its own, as long as it has `base_model.layers`.
         frontier: the lowest layer with anything trainable. Nothing below it may change.
         bfloat16: whether products are computed in bfloat16.
+        watch: told of each batch before it is computed: tokens `(1, nodes)`, positions `(1, nodes)` and who sees whom
+            `(1, 1, nodes, nodes)`.
     """
 
     def __init__(
@@ -63,8 +67,10 @@ class AnswerLoss:
         *,
         frontier: int = 0,
         bfloat16: bool = True,
+        watch: Watch | None = None,
     ) -> None:
         self._model = model
+        self._watch = watch
         self._bfloat16 = bfloat16
         self._device = next(model.parameters()).device
         self._examples = {False: train, True: held_out}
@@ -94,6 +100,8 @@ class AnswerLoss:
         predicting = [path[len(e.prompt) - 1 :] for e, path in zip(examples, tree.paths, strict=True)]
         positions = torch.from_numpy(tree.positions)[None].to(self._device)
         mask = torch.from_numpy(tree.ancestors)[None, None].to(self._device)
+        if self._watch is not None:
+            self._watch(torch.from_numpy(tree.tokens)[None].to(self._device), positions, mask)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16):
             if self.frontier:
                 inputs = self._lower_output(tree, rows, held_out, positions, mask)

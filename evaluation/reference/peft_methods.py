@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from evaluation.reference.loop import LoopSettings, Report, train
+from evaluation.reference.loop import LoopSettings, Report
 from evaluation.reference.method import Fitted, Method, Task
 from icl_compiler.errors import MissingDependencyError, ModelError, TrainingError
 from icl_compiler.models import load_causal_lm
@@ -156,14 +156,7 @@ def _fitted(adapted: Any, task: Task, loop: LoopSettings, report: Report | None)
     from safetensors.torch import save_file
 
     objective = task.objective(adapted.get_base_model())
-    curve = train(
-        objective,
-        examples=len(task.train),
-        held_out=len(task.held_out),
-        settings=loop,
-        report=report,
-        checkpoint=task.checkpoint,
-    )
+    curve = task.run_loop(objective, loop, report)
     config = adapted.peft_config["default"]
     config.base_model_name_or_path = task.model
     config.target_modules = sorted(config.target_modules)  # a set, whose order changes from process to process

@@ -26,6 +26,9 @@ from icl_compiler.models import locate
 from icl_compiler.predictor import Predictor
 from icl_compiler.templates import EncodedTemplate, Template
 
+HELD_OUT = 0.1
+"""Share of the rows that is held out where nothing else is said."""
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -100,7 +103,7 @@ def finetune(
     model: str = "smollm2-135m",
     method: Method | None = None,
     template: str | None = None,
-    held_out: float = 0.1,
+    held_out: float = HELD_OUT,
     settings: LoopSettings | None = None,
     report: Report | None = None,
     checkpoint_every_s: float = 120.0,
@@ -123,20 +126,14 @@ def finetune(
     if model == "echo":
         raise TrainingError("the model 'echo' has no weights to train; name a real one with --model")
     require_replaceable(folder, kind="reference")
-    rows = min(200, round(len(data) * held_out))
-    if rows < 1 or rows >= len(data):
-        raise TrainingError(
-            f"a held-out share of {held_out:g} leaves {rows} of {len(data)} rows to stop on; expected at least one, "
-            "and some to train on"
-        )
-    trained, stopped_on = data.split(rows, seed=settings.seed)
+    trained, stopped_on = split_for_training(data, held_out, seed=settings.seed)
     if labels:
         _require_labels(data, trained)
     text_template = Template.from_name(template or DEFAULT_TEMPLATES[data.task])
     tokenizer = load_tokenizer(model)
     encoded = EncodedTemplate.build(text_template, tokenizer, labels)
     encoded.label_words()
-    examples, held_out_examples = _examples(encoded, trained), _examples(encoded, stopped_on)
+    examples, held_out_examples = training_examples(encoded, trained), training_examples(encoded, stopped_on)
     asked = {"method": name_of(method), **vars(method), "loop": asdict(settings), "model": model}
     asked |= {"data": data.content_hash, "held_out": held_out, "template": text_template.source}
     target = folder.resolve()
@@ -178,6 +175,21 @@ def finetune(
     return load_reference(folder)
 
 
+def split_for_training(data: Dataset, held_out: float, *, seed: int) -> tuple[Dataset, Dataset]:
+    """What is trained on, and what is held out: the share `held_out` of the rows, at most 200.
+
+    Raises:
+        TrainingError: if one of them is empty.
+    """
+    rows = min(200, round(len(data) * held_out))
+    if rows < 1 or rows >= len(data):
+        raise TrainingError(
+            f"a held-out share of {held_out:g} leaves {rows} of {len(data)} rows to stop on; expected at least one, "
+            "and some to train on"
+        )
+    return data.split(rows, seed=seed)
+
+
 def load_reference(folder: Path) -> Reference:
     """Read the description of a reference, after checking every file.
 
@@ -199,7 +211,8 @@ def load_reference(folder: Path) -> Reference:
     )
 
 
-def _examples(encoded: EncodedTemplate, data: Dataset) -> list[TrainingExample]:
+def training_examples(encoded: EncodedTemplate, data: Dataset) -> list[TrainingExample]:
+    """Each row of `data` as a prompt without shots, and its answer."""
     pairs = zip(encoded.queries(data.texts), encoded.answers(data.answers), strict=True)
     return [TrainingExample([*encoded.head, *query], answer) for query, answer in pairs]
 
