@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import click
 
@@ -13,25 +13,16 @@ from icl_compiler.command_line import (
     LazyGroup,
     OutputFile,
     OutputFolder,
-    TableName,
     WholeNumber,
+    counted,
     engine_options,
     json_option,
-    label_column_option,
-    model_option,
     print_json,
     progress_bar,
     say,
     seed_option,
-    target_column_option,
-    template_option,
-    text_column_option,
 )
-from icl_compiler.registry import COMMANDS, RETRIEVERS, did_you_mean
-
-if TYPE_CHECKING:
-    from icl_compiler.data import Dataset
-    from icl_compiler.program import Program
+from icl_compiler.registry import COMMANDS, did_you_mean
 
 _CHUNK = 128
 
@@ -59,172 +50,6 @@ def main() -> None:
     """
 
 
-@click.command("compile")
-@click.argument("data")
-@click.option(
-    "-o", "--output", type=OutputFolder(), required=True, help="Program to write; one that is there is replaced."
-)
-@model_option
-@click.option("--shots", default=16, type=WholeNumber(min=0), help="Most shots (labelled examples) in a prompt.")
-@click.option("--budget", default=1024, type=WholeNumber(min=1), help="Most tokens in a prompt, its answer included.")
-@click.option(
-    "--retriever",
-    default="dense",
-    type=TableName("retriever", RETRIEVERS),
-    help="How the shots for a text are found: dense (by meaning), bm25 (by words), hybrid (both), mmr or dpp (near, "
-    "and unlike each other), coverage (together they hold the words of the text), cluster (its theme first), or the "
-    "same for every text: votek (typical and diverse), uniform (random).",
-)
-@click.option(
-    "--encoder",
-    default="minilm",
-    metavar="NAME",
-    help="Model of sentence embeddings; not used by uniform, bm25 and coverage.",
-)
-@template_option
-@click.option("--examples", type=WholeNumber(min=1), show_default="all", help="Rows of DATA to use, label-balanced.")
-@click.option("--test", metavar="DATA", help="Test data: rows with a text that stands there too are left out.")
-@click.option(
-    "--from-feedback",
-    metavar="[NAME=]FILE",
-    help="Put in the corrections that `icl serve` keeps in FILE for the program NAME (default: the output's name).",
-)
-@text_column_option
-@label_column_option
-@target_column_option
-@seed_option
-@json_option
-def compile_command(
-    data: str,
-    output: Path,
-    model: str,
-    encoder: str,
-    template: str | None,
-    retriever: str,
-    shots: int,
-    budget: int,
-    examples: int | None,
-    test: str | None,
-    from_feedback: str | None,
-    text_column: str | None,
-    label_column: str | None,
-    target_column: str | None,
-    seed: int,
-    as_json: bool,
-) -> None:
-    """Turn labelled DATA into a program, which makes prompts.
-
-    DATA is a CSV, TSV, JSONL, JSON or Parquet file, a folder that Hugging Face datasets saved
-    (FOLDER or FOLDER:SPLIT), or hf:NAME[:SPLIT]. A program is a folder. Compiling does not run the language
-    model; dense retrieval runs its encoder over all rows.
-
-    \b
-      icl compile train.csv -o program
-      icl compile train.csv -o program --label-column intent --budget 2048
-      icl compile hf:ag_news -o program --examples 1000 --test test.csv
-    """
-    from icl_compiler.artifact import require_replaceable, save_program
-    from icl_compiler.compile import compile_program
-    from icl_compiler.data import load_dataset
-
-    require_replaceable(output, kind="program")
-    dataset = load_dataset(data, text_column=text_column, label_column=label_column, target_column=target_column)
-    warnings = list(dataset.warnings)
-    corrections = 0
-    if from_feedback is not None:
-        dataset, corrections = _with_feedback(dataset, from_feedback, output)
-    if test is not None:
-        dataset, dropped = _without_test(dataset, test, text_column)
-        warnings += dropped
-    for warning in warnings:
-        say(f"Warning: {warning}")
-    program = compile_program(
-        dataset,
-        model=model,
-        encoder=encoder,
-        template=template,
-        retriever=retriever,
-        shots=shots,
-        budget=budget,
-        examples=examples,
-        seed=seed,
-        notify=say if sys.stderr.isatty() else None,
-    )
-    if too_long := _never_fit(program):
-        warnings.append(
-            f"{_counted(too_long, 'row')} too long to be a shot in a prompt of {budget:,} tokens (--budget)"
-        )
-        say(f"Warning: {warnings[-1]}")
-    save_program(program, output)
-    summary: dict[str, Any] = {
-        "program": str(output),
-        "task": program.task,
-        "rows": len(program.pool.data),
-        "labels": len(program.labels),
-        "corrections": corrections,
-        "model": model,
-        "retriever": retriever,
-        "shots": shots,
-        "budget": budget,
-        "tokens_per_shot": round(len(program.pool.tokens) / max(1, len(program.pool.data)), 1),
-        "warnings": warnings,
-    }
-    if as_json:
-        print_json(summary)
-        return
-    kind = f"{summary['labels']} labels" if program.labels else "text to text"
-    corrected = f" ({_counted(corrections, 'correction')} put in)" if from_feedback else ""
-    click.echo(
-        f"{output}: {_counted(summary['rows'], 'row')}{corrected}, {kind}; {retriever} retrieval of up to {shots} "
-        f"shots (about {summary['tokens_per_shot']:.0f} tokens each) into {budget:,} tokens for {model}"
-    )
-
-
-def _with_feedback(dataset: "Dataset", given: str, output: Path) -> "tuple[Dataset, int]":
-    """The rows with the corrections of a program put in, and how many those are."""
-    from icl_compiler.corrections import amended
-    from icl_compiler.feedback import read_corrections
-
-    name, equals, file = given.rpartition("=")
-    found = read_corrections(Path(file), name if equals else output.resolve().name)
-    return amended(dataset, [(correction.text, correction.label) for correction in found]), len(found)
-
-
-def _without_test(dataset: "Dataset", test: str, text_column: str | None) -> "tuple[Dataset, list[str]]":
-    """The rows whose text does not stand in `test`, and warnings about what is gone."""
-    from icl_compiler.data import load_texts
-    from icl_compiler.errors import DataError, LabelError
-
-    kept, dropped = dataset.without_texts(load_texts(test, text_column=text_column))
-    if not dropped:
-        return dataset, []
-    if not len(kept):
-        raise DataError(
-            f"all {len(dataset)} rows of {dataset.source} stand in {test} too, so none is left to compile; "
-            "test on texts that are not compiled"
-        )
-    warnings = [f"{_counted(dropped, 'row')} removed from the pool: in {test} too"]
-    if dataset.task == "classification" and (lost := sorted(set(dataset.labels) - set(kept.labels))):
-        warnings.append(f"that leaves no row of the label {lost[0]!r}, so the program does not know it")
-        if len(kept.labels) < 2:
-            raise LabelError(f"{warnings[0]}; that leaves the label {kept.labels[0]!r} only, expected two or more")
-    return kept, warnings
-
-
-def _never_fit(program: "Program") -> int:
-    """How many rows of the pool are longer than the room for shots beside the shortest query."""
-    template = program.template
-    [query] = template.queries(["a"])
-    answer = max((len(word) for word in program.label_words), default=0)
-    room = program.settings.budget - len(template.head) - len(query) - answer
-    sizes = program.pool.offsets[1:] - program.pool.offsets[:-1]
-    return int((sizes > room).sum()) if program.settings.shots else 0
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' * (count != 1)}"
-
-
 @click.command()
 @click.argument("program", type=click.Path(path_type=Path))
 @click.option("--query", required=True, metavar="TEXT", help="The text to write a prompt for.")
@@ -248,7 +73,7 @@ def show(program: Path, query: str, as_json: bool) -> None:
         print_json({**shown._asdict(), "shots": [shot._asdict() for shot in shown.shots]})
         return
     click.echo(shown.prompt)
-    shots = _counted(len(shown.shots), "shot") + ", in this order" * (len(shown.shots) > 1)
+    shots = counted(len(shown.shots), "shot") + ", in this order" * (len(shown.shots) > 1)
     click.secho(f"\n{shown.tokens:,} tokens of at most {shown.budget:,}; {shots}", bold=True)
     for number, shot in enumerate(shown.shots, start=1):
         click.echo(
@@ -472,7 +297,7 @@ def messages(output: Path, n_train: int, n_test: int, seed: int, as_json: bool) 
         print_json({"train": str(files[0]), "test": str(files[1]), "seed": seed, "bayes_accuracy": best})
         return
     click.echo(
-        f"{files[0]}: {_counted(n_train, 'row')}; {files[1]}: {_counted(n_test, 'row')}; "
+        f"{files[0]}: {counted(n_train, 'row')}; {files[1]}: {counted(n_test, 'row')}; "
         f"no predictor can be right on more than {best:.1%} of the test rows on average"
     )
 

@@ -39,7 +39,7 @@ METHODS: Mapping[str, str] = {
 }
 COMMANDS: Mapping[str, str] = {
     "demo": "evaluation.cli:demo",
-    "compile": "icl_compiler.cli:compile_command",
+    "compile": "icl_compiler.compile_cli:compile_command",
     "show": "icl_compiler.cli:show",
     "predict": "icl_compiler.cli:predict",
     "finetune": "evaluation.reference_cli:finetune",
