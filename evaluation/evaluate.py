@@ -11,7 +11,7 @@
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from importlib.metadata import version
@@ -125,15 +125,8 @@ def evaluate(
         return asked.predict(texts, progress=progress(name, len(texts)) if progress else None)
 
     def row(series: str, said: Predictions, compared: Gap, **more: object) -> Row:
-        correct = _same(_labels(said), data.answers)
-        return {
-            "series": series,
-            **_common(program, backend, answers, data, dataset_name, level),
-            **_gap_columns(compared, len(said.probabilities)),
-            **_answer_columns(said, correct, level),
-            "agreement": float(np.mean(_same(_labels(said), _labels(answers.first)))),
-            **more,
-        }
+        common = common_columns(program, backend, answers, data, dataset_name, level)
+        return {"series": series, **common, **measured_columns(said, compared, answers, data, level), **more}
 
     reference_accuracy = float(np.mean(_same(_labels(answers.first), data.answers)))
     prompts = program.prompts(data.texts)
@@ -141,14 +134,9 @@ def evaluate(
     said = ask("program", PromptedPredictor(program, backend), data.texts)
     compared = gap(said, answers.first, level=level)
     rows = [row("program", said, compared, shots_per_query=shots, reference_accuracy=reference_accuracy)]
-    predictors: dict[str, Callable[[], PromptedPredictor | NeighboursVote]] = {
-        "random shots": lambda: PromptedPredictor(_with_random_shots(program), backend),
-        "zero shots": lambda: PromptedPredictor(_without_shots(program), backend),
-        "neighbours' vote": lambda: _vote(program),
-    }
     for name in series:
-        if name in predictors:
-            other = ask(name, predictors[name](), data.texts)
+        if name in _ASKED:
+            other = ask(name, predictor_of(name, program, backend), data.texts)
             rows.append(row(name, other, gap(other, answers.first, level=level)))
     if "floor" in series:
         for reference, second in answers.floors:
@@ -161,7 +149,7 @@ def evaluate(
             return {
                 "series": "scoring noise",
                 "noise_against": against,
-                **_common(program, backend, answers, data, dataset_name, level),
+                **common_columns(program, backend, answers, data, dataset_name, level),
                 **_gap_columns(gap(_first(said, count), again, level=level), count),
                 **_cost_columns(again),
             }
@@ -175,8 +163,7 @@ def evaluate(
                 warnings.append(f"the scoring noise against float32 was not measured: {reason}")
     if truncated := [row for row in rows if "gap_truncation" in row]:
         warnings.append(_truncation_warning(truncated))
-    worst_queries = _worst(program, said, answers.first, compared, data, prompts, worst)
-    return Evaluation(rows, worst_queries, warnings)
+    return Evaluation(rows, worst_queries(program, said, answers.first, compared, data, prompts, worst), warnings)
 
 
 @dataclass(frozen=True)
@@ -219,9 +206,10 @@ def _truncation_warning(rows: Sequence[Row]) -> str:
     )
 
 
-def _common(
+def common_columns(
     program: Program, backend: Backend, answers: Answers, data: Dataset, dataset_name: str, level: float
 ) -> Row:
+    """What a row says of where it comes from, whatever series it is of."""
     return {
         "dataset": dataset_name,
         "n_examples": len(program.pool.data),
@@ -235,6 +223,15 @@ def _common(
         "machine": f"{machine()}; {backend.device}",
         "commit": commit(),
         "version": version("icl-compiler"),
+    }
+
+
+def measured_columns(said: Predictions, compared: Gap, answers: Answers, data: Dataset, level: float) -> Row:
+    """What a row says of answers to `data`, and of their gap to those of the reference."""
+    return {
+        **_gap_columns(compared, len(said.probabilities)),
+        **_answer_columns(said, _same(_labels(said), data.answers), level),
+        "agreement": float(np.mean(_same(_labels(said), _labels(answers.first)))),
     }
 
 
@@ -277,6 +274,11 @@ def _labels(said: Predictions) -> list[str]:
     return [said.labels[i] for i in said.best]
 
 
+def predictor_of(series: str, program: Program, backend: Backend) -> PromptedPredictor | NeighboursVote:
+    """What is asked for a series: the program, or the baseline of that name, made of its parts."""
+    return _ASKED[series](program, backend)
+
+
 def _with_random_shots(program: Program) -> Program:
     index = new_retriever("uniform", encoder=program.settings.encoder, seed=program.settings.seed)
     index.fit(program.pool.data.texts)
@@ -293,7 +295,15 @@ def _vote(program: Program) -> NeighboursVote:
     return NeighboursVote(program.pool.data, encoder=program.settings.encoder, retriever=fitted)
 
 
-def _worst(
+_ASKED: Mapping[str, Callable[[Program, Backend], PromptedPredictor | NeighboursVote]] = {
+    "program": PromptedPredictor,
+    "random shots": lambda program, backend: PromptedPredictor(_with_random_shots(program), backend),
+    "zero shots": lambda program, backend: PromptedPredictor(_without_shots(program), backend),
+    "neighbours' vote": lambda program, _: _vote(program),
+}
+
+
+def worst_queries(
     program: Program,
     said: Predictions,
     reference: Predictions,
@@ -302,6 +312,7 @@ def _worst(
     prompts: Sequence[Prompt],
     count: int,
 ) -> list[dict[str, object]]:
+    """The `count` queries with the largest gap: the texts, what either model says, and the prompt."""
     rows = []
     for i in np.argsort(-compared.per_query, kind="stable")[:count].tolist():
         rows.append(
