@@ -22,7 +22,7 @@ from fcntl import LOCK_EX, flock
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from icl_compiler.data import Dataset
 from icl_compiler.errors import ArtifactError
 from icl_compiler.program import Pool, Program, Settings
 from icl_compiler.registry import RETRIEVERS
+from icl_compiler.selection import Order
 from icl_compiler.templates import EncodedTemplate, Template
 
 FORMAT = 1
@@ -95,8 +96,11 @@ def _read_program(folder: Path, manifest: dict[str, Any]) -> Program:
     from safetensors.numpy import load_file
 
     settings = Settings(**manifest["settings"])
-    if not all(isinstance(number, int) for number in (settings.shots, settings.budget, settings.seed)):
-        raise TypeError("shots, budget and seed should be whole numbers")
+    numbers = (settings.shots, settings.budget, settings.seed, settings.per_label)
+    if not all(isinstance(number, int) for number in numbers):
+        raise TypeError("shots, budget, seed and per_label should be whole numbers")
+    if settings.order not in get_args(Order):
+        raise ValueError(f"order should be one of {', '.join(get_args(Order))}, is {settings.order!r}")
     template = Template(manifest["template"], (folder / "template.jinja").read_text(encoding="utf-8"))
     lines = (folder / "pool.jsonl").read_text(encoding="utf-8").split("\n")
     rows = [json.loads(line) for line in lines if line]

@@ -11,7 +11,7 @@ from functools import cache
 from icl_compiler.data import Dataset
 from icl_compiler.errors import BudgetError, DataError, RegistryError
 from icl_compiler.models import locate
-from icl_compiler.program import Program, Settings, encode_pool
+from icl_compiler.program import SAME_FOR_ALL, Program, Settings, encode_pool
 from icl_compiler.registry import RETRIEVERS, resolve
 from icl_compiler.selection import Order
 from icl_compiler.templates import EncodedTemplate, Template
@@ -36,6 +36,8 @@ def compile_program(
     budget: int = 1024,
     examples: int | None = None,
     seed: int = 0,
+    order: Order | None = None,
+    per_label: int = 0,
     notify: Notify | None = None,
 ) -> Program:
     """Make a program of `data` for the frozen `model`.
@@ -45,17 +47,23 @@ def compile_program(
         shots: most shots in a prompt; 0 for none.
         budget: most tokens in a prompt, its answer included.
         examples: how many rows of `data` the pool takes (a nested, label-balanced draw); by default all.
+        order: of the shots; by default the best last, and best first where all prompts have the same.
+        per_label: take candidates in rounds of so many of each label; 0: labels do not matter.
 
     Raises:
-        DataError: if `data` has no rows, or fewer than `examples`.
+        DataError: if `data` has no rows, or fewer than `examples`, or no labels to order shots by.
         LabelError: if a label word is a prefix of another.
         BudgetError: if not even the instruction fits the budget.
     """
     notify = notify or (lambda _: None)
     if shots < 0:
         raise DataError(f"shots should be >= 0, is now {shots}")
+    if per_label < 0:
+        raise DataError(f"per_label should be >= 0, is now {per_label}")
     if not len(data):
         raise DataError(f"{data.source} has no rows to compile")
+    if data.task == "generation" and (per_label or order == "by-label"):
+        raise DataError(f"{data.source} has targets, and no labels that shots could be ordered or balanced by")
     pool_data = data if examples is None else data.subset(examples, seed=seed)
     tokenizer = load_tokenizer(model)
     text_template = Template.from_name(DEFAULT_TEMPLATES[data.task] if template is None else template)
@@ -72,8 +80,8 @@ def compile_program(
     notify(f"indexing them with {retriever}")
     index = new_retriever(retriever, encoder=encoder, seed=seed)
     index.fit(pool_data.texts)
-    order: Order = "best-first" if retriever in ("uniform", "votek") else "best-last"
-    settings = Settings(model, encoder, retriever, shots, budget, order, seed)
+    order = order or ("best-first" if retriever in SAME_FOR_ALL else "best-last")
+    settings = Settings(model, encoder, retriever, shots, budget, order, seed, per_label)
     return Program(settings, data.task, encoded, pool, index)
 
 

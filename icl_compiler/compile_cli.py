@@ -26,6 +26,7 @@ from icl_compiler.registry import RETRIEVERS
 if TYPE_CHECKING:
     from icl_compiler.data import Dataset
     from icl_compiler.program import Program
+    from icl_compiler.selection import Order
 
 
 @click.command("compile")
@@ -50,7 +51,27 @@ if TYPE_CHECKING:
     metavar="NAME",
     help="Model of sentence embeddings; not used by uniform, bm25 and coverage.",
 )
+@click.option(
+    "--order",
+    type=click.Choice(["best-last", "best-first", "random", "by-label"]),
+    show_default="best-last; best-first if all texts get the same",
+    help="How the shots stand in the prompt; random is drawn anew for each text, and always the same for one.",
+)
+@click.option(
+    "--per-label",
+    type=WholeNumber(min=1),
+    metavar="N",
+    show_default="labels do not matter",
+    help="Take shots in rounds of N of each label, so that one label does not fill the prompt. With --retriever "
+    "uniform that is a balanced set.",
+)
 @template_option
+@click.option(
+    "--where",
+    multiple=True,
+    metavar="COLUMN=VALUE",
+    help="Use only rows of DATA where VALUE stands in COLUMN, or does not: COLUMN!=VALUE. Given again: both.",
+)
 @click.option("--examples", type=WholeNumber(min=1), show_default="all", help="Rows of DATA to use, label-balanced.")
 @click.option("--test", metavar="DATA", help="Test data: rows with a text that stands there too are left out.")
 @click.option(
@@ -72,6 +93,9 @@ def compile_command(
     retriever: str,
     shots: int,
     budget: int,
+    order: "Order | None",
+    per_label: int | None,
+    where: tuple[str, ...],
     examples: int | None,
     test: str | None,
     from_feedback: str | None,
@@ -90,6 +114,7 @@ def compile_command(
     \b
       icl compile train.csv -o program
       icl compile train.csv -o program --label-column intent --budget 2048
+      icl compile train.csv -o program --where lang=de --per-label 2
       icl compile hf:ag_news -o program --examples 1000 --test test.csv
     """
     from icl_compiler.artifact import require_replaceable, save_program
@@ -97,7 +122,9 @@ def compile_command(
     from icl_compiler.data import load_dataset
 
     require_replaceable(output, kind="program")
-    dataset = load_dataset(data, text_column=text_column, label_column=label_column, target_column=target_column)
+    dataset = load_dataset(
+        data, text_column=text_column, label_column=label_column, target_column=target_column, where=where
+    )
     warnings = list(dataset.warnings)
     corrections = 0
     if from_feedback is not None:
@@ -117,6 +144,8 @@ def compile_command(
         budget=budget,
         examples=examples,
         seed=seed,
+        order=order,
+        per_label=per_label or 0,
         notify=say if sys.stderr.isatty() else None,
     )
     if too_long := _never_fit(program):
@@ -132,6 +161,8 @@ def compile_command(
         "model": model,
         "retriever": retriever,
         "shots": shots,
+        "order": program.settings.order,
+        "per_label": per_label or 0,
         "budget": budget,
         "tokens_per_shot": round(len(program.pool.tokens) / max(1, len(program.pool.data)), 1),
         "warnings": warnings,

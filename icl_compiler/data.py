@@ -21,6 +21,7 @@ from typing import Literal
 
 from icl_compiler.errors import ColumnError, DataError, DataFormatError, LabelError
 from icl_compiler.readers import Table, kind, listed, read_lines, read_table
+from icl_compiler.row_filter import rows_where
 
 # Names of columns, best first; between bars, forms of one name, so that two of them are no ambiguity.
 TEXT_NAMES = (
@@ -222,6 +223,7 @@ def load_dataset(
     label_column: str | None = None,
     target_column: str | None = None,
     need_answers: bool = True,
+    where: Sequence[str] = (),
 ) -> Dataset:
     """The labelled texts of a source: CSV, TSV, JSONL, JSON, Parquet, a saved `datasets` folder, `hf:NAME`.
 
@@ -234,8 +236,9 @@ def load_dataset(
     booleans become strings. With `need_answers=False` an answer that is not there is "", and that all labels
     are the same is no error.
 
-    Blank texts and exact duplicates of rows are dropped. `warnings` of the result count them, and what is
-    kept: texts with several labels, labels that differ only in case or surrounding blanks.
+    Of the rows only those count that fulfil every condition of `where`, such as `lang=de` or `lang!=de`, on any column
+    (see `row_filter`). Blank texts and exact duplicates of rows are dropped. `warnings` of the result count them, and
+    what is kept: texts with several labels, labels that differ only in case or surrounding blanks.
 
     Raises:
         DataError: if the source does not exist, or holds no rows, or labels are missing.
@@ -267,11 +270,12 @@ def load_dataset(
     texts = _texts(name, table, text_name)
     answers = [None] * len(texts) if answer_name is None else _answers(name, table, answer_name, task)
 
-    rows = [row for row, text in enumerate(texts) if text.strip()]
+    asked = rows_where(table, where, name=name)
+    rows = [row for row in asked if texts[row].strip()]
     if not rows:
-        raise DataError(f"{name} has no text in column {text_name!r}; all {len(texts)} rows are blank there")
-    if len(rows) < len(texts):
-        blank = [row for row, text in enumerate(texts) if not text.strip()]
+        raise DataError(f"{name} has no text in column {text_name!r}; all {len(asked)} rows are blank there")
+    if len(rows) < len(asked):
+        blank = [row for row in asked if not texts[row].strip()]
         what = _number(len(blank), "row with a blank text was", "rows with a blank text were")
         warnings.append(f"{what} dropped ({table.places(blank)}).")
 

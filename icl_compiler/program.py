@@ -8,16 +8,19 @@ engine then reads them. It is frozen: the same text gives the same prompt, in ev
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Bool, Float32, Int32, Int64
 
 from icl_compiler.data import Dataset, normalise_text
 from icl_compiler.errors import BudgetError
-from icl_compiler.selection import Order, Selection, candidates, matches, pack
+from icl_compiler.selection import Order, Selection, arranged, candidates, in_rounds, joined, pack, random_keys
 from icl_compiler.templates import EncodedTemplate
 from retrievers.retriever import Retriever
+
+SAME_FOR_ALL = ("uniform", "votek")
+"""Retrievers that find the same rows for every text."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,9 @@ class Settings:
         retriever: name in the table of retrievers.
         shots: most shots in a prompt.
         budget: most tokens in a prompt, its longest possible label word included.
-        order: whether the best shot stands last or first.
+        order: of the shots in a prompt.
         seed: of every random choice.
+        per_label: candidates are taken in rounds of so many of each label; 0 where labels do not matter.
     """
 
     model: str
@@ -41,6 +45,7 @@ class Settings:
     budget: int
     order: Order
     seed: int
+    per_label: int = 0
 
 
 class Pool(NamedTuple):
@@ -115,34 +120,29 @@ class Program:
         """
         if not texts:
             return []
-        k = candidates(self.settings.shots, len(self.pool.data))
         queries = self.template.queries(texts)
-        hits = self.retriever.search(texts, k) if k else None
-        head, answer = len(self.template.head), self._longest_answer
+        room = self._room(texts, queries)
+        ids, scores, ranks = self._ranked(texts)
+        itself = self._is_itself(ids, texts)
+        shots = np.full(len(texts), self.settings.shots, dtype=np.int64)
+        packed = pack(self._shot_tokens[ids], itself, room=room, shots=shots)
+        query, place = packed.taken.nonzero()
+        rows = ids[query, place]
+        order = arranged(query, place, self.settings.order, **self._keys(texts, rows, query))
+        rows, place = rows[order], place[order]
+        ends = np.cumsum(packed.taken.sum(axis=1))
+        token_ends = np.append(0, np.cumsum(self._shot_tokens[rows]))[np.append(0, ends)].tolist()
+        tokens = joined(self.pool.tokens, self.pool.offsets, rows).tolist()
+        rows_of, ranks_of, scores_of = (part.tolist() for part in (rows, ranks[query, place], scores[query, place]))
+        left_out = (packed.passed & itself).sum(axis=1).tolist()
+        too_long = (packed.passed & ~itself).sum(axis=1).tolist()
+        begins = [0, *ends.tolist()]
         prompts = []
-        for i, (text, query) in enumerate(zip(texts, queries, strict=True)):
-            room = self.settings.budget - head - len(query) - answer
-            if room < 0:
-                raise BudgetError(
-                    f"the prompt for {_short(text)!r} has {head} tokens of instruction, {len(query)} of query "
-                    f"and up to {answer} of answer, {head + len(query) + answer} in all, and the budget is "
-                    f"{self.settings.budget}; compile with a larger --budget, or shorten the text"
-                )
-            if hits is None:
-                selection = Selection([], [], [], 0, 0)
-            else:
-                ids = hits.ids[i]
-                selection = pack(
-                    ids,
-                    hits.scores[i],
-                    shot_tokens=self._shot_tokens,
-                    is_query=self._is_itself(ids, text),
-                    room=room,
-                    shots=self.settings.shots,
-                    order=self.settings.order,
-                )
-            shots = [token for row in selection.rows for token in self._shot(row)]
-            prompts.append(Prompt((*self.template.head, *shots, *query), selection))
+        for i, words in enumerate(queries):
+            part = slice(begins[i], begins[i + 1])
+            selection = Selection(rows_of[part], ranks_of[part], scores_of[part], too_long[i], left_out[i])
+            shown = tokens[token_ends[i] : token_ends[i + 1]]
+            prompts.append(Prompt((*self.template.head, *shown, *words), selection))
         return prompts
 
     def explain(self, text: str) -> Explanation:
@@ -177,18 +177,80 @@ class Program:
     def _shot_tokens(self) -> Int64[np.ndarray, " rows"]:
         return np.diff(self.pool.offsets)
 
-    def _is_itself(self, rows: Int64[np.ndarray, " rows"], text: str) -> Bool[np.ndarray, " rows"]:
+    def _room(self, texts: Sequence[str], queries: Sequence[Sequence[int]]) -> Int64[np.ndarray, " texts"]:
+        """The tokens left for shots beside each of `queries`."""
+        head, answer, budget = len(self.template.head), self._longest_answer, self.settings.budget
+        lengths = np.array([len(query) for query in queries], dtype=np.int64)
+        room: Int64[np.ndarray, " texts"] = budget - head - answer - lengths
+        if (room < 0).any():
+            first = int((room < 0).argmax())
+            raise BudgetError(
+                f"the prompt for {_short(texts[first])!r} has {head} tokens of instruction, {lengths[first]} of query "
+                f"and up to {answer} of answer, {budget - room[first]} in all, and the budget is "
+                f"{budget}; compile with a larger --budget, or shorten the text"
+            )
+        return room
+
+    def _ranked(
+        self, texts: Sequence[str]
+    ) -> tuple[
+        Int64[np.ndarray, "texts candidates"],
+        Float32[np.ndarray, "texts candidates"],
+        Int64[np.ndarray, "texts candidates"],
+    ]:
+        """Candidates for each text in the order in which they are tried, their scores, and the retriever's ranks."""
+        rows, per_label = len(self.pool.data), self.settings.per_label
+        k = candidates(self.settings.shots, rows, per_label=per_label)
+        if not k:
+            nothing = np.empty((len(texts), 0), dtype=np.int64)
+            return nothing, nothing.astype(np.float32), nothing
+        same = self.settings.retriever in SAME_FOR_ALL
+        ids, scores = self.retriever.search([""] if same else texts, rows if same and per_label else k)
+        ranks = np.broadcast_to(np.arange(1, ids.shape[1] + 1), ids.shape)
+        if per_label:
+            order = in_rounds(self._label_of_row[ids], per_label)[:, :k]
+            ids, scores, ranks = (np.take_along_axis(each, order, axis=1) for each in (ids, scores, ranks))
+        shape = len(texts), ids.shape[1]
+        return np.broadcast_to(ids, shape), np.broadcast_to(scores, shape), np.broadcast_to(ranks, shape)
+
+    def _keys(
+        self, texts: Sequence[str], rows: Int64[np.ndarray, " shots"], queries: Int64[np.ndarray, " shots"]
+    ) -> dict[str, Any]:
+        """What `arranged` wants to know of the shots, besides their places."""
+        if self.settings.order == "random":
+            return {"keys": random_keys(texts, rows, queries, seed=self.settings.seed)}
+        return {"labels": self._label_of_row[rows]} if self.settings.order == "by-label" else {}
+
+    @cached_property
+    def _label_of_row(self) -> Int64[np.ndarray, " rows"]:
+        number = {label: i for i, label in enumerate(self.labels)}
+        return np.array([number[answer] for answer in self.pool.data.answers], dtype=np.int64)
+
+    def _is_itself(
+        self, rows: Int64[np.ndarray, "texts candidates"], texts: Sequence[str]
+    ) -> Bool[np.ndarray, "texts candidates"]:
+        """Which of these rows are the text they are for."""
         if not self.without_itself:
-            return np.zeros(len(rows), dtype=bool)
-        return matches([normalise_text(self.pool.data.texts[row]) for row in rows], normalise_text(text))
+            return np.zeros(rows.shape, dtype=bool)
+        hashes, known = self._hashes
+        distinct = np.unique(rows)
+        for row in distinct[~known[distinct]].tolist():
+            hashes[row] = hash(normalise_text(self.pool.data.texts[row]))
+            known[row] = True
+        asked = [normalise_text(text) for text in texts]
+        same: Bool[np.ndarray, "texts candidates"] = hashes[rows] == np.array([hash(text) for text in asked])[:, None]
+        for i, j in zip(*(found.tolist() for found in same.nonzero()), strict=True):
+            same[i, j] = normalise_text(self.pool.data.texts[rows[i, j]]) == asked[i]
+        return same
+
+    @cached_property
+    def _hashes(self) -> tuple[Int64[np.ndarray, " rows"], Bool[np.ndarray, " rows"]]:
+        """A hash of the text of each row, for those that were a candidate before; where hashes agree, texts decide."""
+        return np.zeros(len(self.pool.data), dtype=np.int64), np.zeros(len(self.pool.data), dtype=bool)
 
     @cached_property
     def _longest_answer(self) -> int:
         return max((len(word) for word in self.label_words), default=0)
-
-    def _shot(self, row: int) -> list[int]:
-        tokens: list[int] = self.pool.tokens[self.pool.offsets[row] : self.pool.offsets[row + 1]].tolist()
-        return tokens
 
 
 def encode_pool(template: EncodedTemplate, data: Dataset) -> Pool:

@@ -115,6 +115,15 @@ def test_compile_says_what_it_made(here: Path) -> None:
     assert load_program(here / "program").settings.shots == 3
 
 
+def test_compile_takes_rows_and_orders_shots_as_asked(here: Path) -> None:
+    (here / "langs.csv").write_text("text,label,lang\nhi,a,en\nhallo,a,de\nbye,b,en\nciao,b,it\n", encoding="utf-8")
+    asked = ("--where", "lang!=it", "--where", "lang!=de", "--order", "by-label", "--per-label", 1)
+    done("compile", "langs.csv", "-o", "program", "--model", "echo", "--retriever", "uniform", *asked)
+    loaded = load_program(here / "program")
+    assert loaded.pool.data.texts == ("hi", "bye")
+    assert (loaded.settings.order, loaded.settings.per_label) == ("by-label", 1)
+
+
 def test_compile_as_json() -> None:
     said = json.loads(done("compile", "train.csv", "-o", "p", "--model", "echo", "--retriever", "bm25", "--json"))
     assert said["program"] == "p"

@@ -149,6 +149,64 @@ def test_the_best_shot_stands_last(retriever):
     assert selection.scores[0] < selection.scores[-1]
 
 
+@every_retriever
+@pytest.mark.parametrize("order", ["best-first", "random", "by-label"])
+def test_another_order_has_the_same_shots(retriever, order):
+    program, other = (echo_program(retriever=retriever, shots=5, order=each) for each in ("best-last", order))
+    for text in ("where is my card", "the parcel is late"):
+        [best_last], [prompt] = program.prompts([text]), other.prompts([text])
+        shots, usual = (list(zip(*p.selection[:3], strict=True)) for p in (prompt, best_last))
+        assert sorted(shots) == sorted(usual)
+        assert bytes(prompt.tokens).decode() == written(other, prompt.selection.rows, text)
+        if order == "best-first":
+            assert shots == usual[::-1]
+        if order == "by-label":
+            labels = [other.pool.data.answers[row] for row in prompt.selection.rows]
+            assert len([i for i in range(1, 5) if labels[i] != labels[i - 1]]) == len(set(labels)) - 1
+            assert shots[-1] == usual[-1]
+
+
+def test_a_random_order_is_drawn_by_the_text_and_the_seed():
+    texts = [f"where is my card {i}" for i in range(20)]
+
+    def orders(seed):
+        return [prompt.selection.ranks for prompt in echo_program(shots=4, order="random", seed=seed).prompts(texts)]
+
+    assert orders(0) == orders(0)
+    assert len({tuple(ranks) for ranks in orders(0)}) > 5
+    assert orders(0) != orders(1)
+
+
+def test_every_label_has_its_turn():
+    data = customers()
+    near = echo_program(data, retriever="bm25", shots=3).prompts(["the card"])[0].selection
+    turns = echo_program(data, retriever="bm25", shots=3, per_label=1).prompts(["the card"])[0].selection
+    assert sorted({data.answers[row] for row in near.rows}) != sorted(data.labels)
+    assert sorted(data.answers[row] for row in turns.rows) == sorted(data.labels)
+    assert turns.rows[-1] == near.rows[-1]
+    # The ranks are still those of the retriever.
+    ranked = echo_program(data, retriever="bm25", shots=12).prompts(["the card"])[0].selection
+    rank_of = dict(zip(ranked.rows, ranked.ranks, strict=True))
+    assert turns.ranks == [rank_of[row] for row in turns.rows]
+
+
+def test_a_balanced_random_set():
+    rare = Dataset(
+        tuple(f"text {i}" for i in range(300)), ("rare",) * 4 + ("often",) * 296, "classification", "unbalanced"
+    )
+    program = echo_program(rare, retriever="uniform", shots=8, per_label=1)
+    first, second = program.prompts(["x", "y"])
+    assert first.selection == second.selection
+    assert [rare.answers[row] for row in first.selection.rows].count("rare") == 4
+
+
+def test_targets_have_no_labels_to_order_by():
+    pairs = Dataset(("one", "two"), ("eins", "zwei"), "generation", "pairs")
+    for wanted in ({"order": "by-label"}, {"per_label": 1}):
+        with pytest.raises(DataError, match="pairs has targets, and no labels that shots could be ordered"):
+            echo_program(pairs, **wanted)
+
+
 def test_random_shots_are_the_same_beginning_for_all_queries():
     program = echo_program(retriever="uniform", shots=4)
     few, many = (
