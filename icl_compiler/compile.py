@@ -10,7 +10,7 @@ from functools import cache
 
 from icl_compiler.data import Dataset
 from icl_compiler.errors import BudgetError, DataError, RegistryError
-from icl_compiler.models import locate
+from icl_compiler.models import cache_folder, locate
 from icl_compiler.program import SAME_FOR_ALL, Program, Settings, encode_pool
 from icl_compiler.registry import RETRIEVERS, resolve
 from icl_compiler.selection import Order
@@ -131,8 +131,11 @@ def new_retriever(name: str, *, encoder: str, seed: int, trusted: bool = True) -
 
 @cache
 def named_encoder(name: str) -> SentenceEncoder:
-    """The encoder `name`, one for all retrievers of this process; its model is loaded on first use."""
-    return SentenceEncoder(lambda: locate(name, kind="encoder"))
+    """The encoder `name`, one for all retrievers of this process; its model is loaded on first use.
+
+    What it encodes in a compilation stays in the folder `vectors` of the cache, for the next one.
+    """
+    return SentenceEncoder(lambda: locate(name, kind="encoder"), cache=cache_folder() / "vectors")
 
 
 def load_tokenizer(model: str) -> Tokenizer:

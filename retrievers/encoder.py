@@ -1,7 +1,9 @@
 """Texts to vectors by `sentence-transformers`; the model loads on first use.
 
 - Vectors are always of length 1, so that an inner product is a cosine.
-- A text is encoded once in a process, and once on a machine if a folder for that is named (`vector_cache`).
+- A text is encoded once in a process.
+- Where a folder is named (`vector_cache`), many texts at once, as in a compilation, are encoded once on a machine. A
+  few are not kept there: they are quickly encoded, and the queries of a server are nobody's to keep.
 """
 
 import sys
@@ -17,7 +19,7 @@ from jaxtyping import Float32
 from retrievers.vector_cache import VectorCache
 
 _REMEMBERED = 200_000
-_FAST = 100  # texts; more take over two seconds on a slow processor
+_FEW = 100  # texts; more take over two seconds on a slow processor
 
 
 class SentenceEncoder:
@@ -25,9 +27,9 @@ class SentenceEncoder:
 
     Args:
         locate: gives the folder, or the name on the model hub; called when the first text is encoded.
-        cache: folder that keeps vectors between processes; by default they are kept in memory only. A text that
-            stands there is not encoded again, so its vector may differ in the last bit from one that is encoded in
-            other company.
+        cache: folder that keeps the vectors of more than 100 texts at once between processes; by default they are kept
+            in memory only. A text that stands there is not encoded again, so its vector may differ in the last bit
+            from one that is encoded in other company.
     """
 
     def __init__(self, locate: Callable[[], str], *, cache: Path | None = None) -> None:
@@ -50,7 +52,8 @@ class SentenceEncoder:
         return np.stack([self._known[text] for text in texts])
 
     def _vectors(self, texts: list[str]) -> dict[str, Float32[np.ndarray, " width"]]:
-        found = {} if self._cache is None else self._cache.get(texts)
+        cache = self._cache if len(texts) > _FEW else None
+        found = {} if cache is None else cache.get(texts)
         missing = [text for text in texts if text not in found]
         if missing:
             vectors = self._encoder.encode(
@@ -58,11 +61,11 @@ class SentenceEncoder:
                 batch_size=64,
                 normalize_embeddings=True,
                 convert_to_numpy=True,
-                show_progress_bar=len(missing) > _FAST and sys.stderr.isatty(),
+                show_progress_bar=len(missing) > _FEW and sys.stderr.isatty(),
             )
             made = dict(zip(missing, np.asarray(vectors, dtype=np.float32), strict=True))
-            if self._cache is not None:
-                self._cache.add(made)
+            if cache is not None:
+                cache.add(made)
             found |= made
         return found
 

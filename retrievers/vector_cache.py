@@ -3,7 +3,9 @@
 One file per model: a header (a mark, and the width of a vector), then records of one size, each the SHA-256 of
 model and text, the vector, and a checksum of both.
 
-- Records are only ever added, under a lock: any number of processes may share a file.
+- Records are added at the end, under a lock: any number of processes may share a file.
+- A file that would grow beyond 2 GB (1.3 million vectors of 384 numbers) gives way to one with its newer half; whoever
+  reads the old one notices. The folder may be removed at any time.
 - A write that was torn (the disk was full, the machine went down) leaves a part of a record at the end, which the
   next writer cuts off. A record whose checksum is wrong is as if it were not there.
 - Where the file cannot be read, locked or written, nothing fails: the vectors are computed again.
@@ -25,6 +27,7 @@ from jaxtyping import Float32
 _HEADER = struct.Struct("<12sI")
 _MARK = b"icl-vectors1"
 _KEY, _CHECKSUM = 32, 4
+_MOST_BYTES = 2 * 10**9
 _BLOCK = 4096  # records
 
 
@@ -48,6 +51,7 @@ class VectorCache:
         self._places: dict[bytes, int] = {}
         self._width = 0
         self._seen = 0
+        self._inode = 0
 
     def get(self, texts: Sequence[str]) -> dict[str, Float32[np.ndarray, " width"]]:
         """The vectors of those of `texts` that have one here."""
@@ -70,25 +74,57 @@ class VectorCache:
         items = list(vectors.items())
         header = _HEADER.pack(_MARK, len(items[0][1]))
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        handle = self._locked()
         try:
-            flock(handle, LOCK_EX)
             if os.pread(handle, len(header), 0) != header:  # new, or damaged
                 os.ftruncate(handle, 0)
                 _write(handle, header)
             past_whole = (os.fstat(handle).st_size - len(header)) % _record_size(len(items[0][1]))
             os.ftruncate(handle, os.fstat(handle).st_size - past_whole)
+            if os.fstat(handle).st_size + len(items) * _record_size(len(items[0][1])) > _MOST_BYTES:
+                handle = self._newer_half(handle, header, _record_size(len(items[0][1])))
             for start in range(0, len(items), _BLOCK):
                 _write(handle, b"".join(self._record(*item) for item in items[start : start + _BLOCK]))
         finally:
             os.close(handle)
 
+    def _locked(self) -> int:
+        """A handle of the file, locked; of the one that has the name now, should it have given way meanwhile."""
+        while True:
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            with suppress(FileNotFoundError):
+                flock(handle, LOCK_EX)
+                if os.fstat(handle).st_ino == self._path.stat().st_ino:
+                    return handle
+            os.close(handle)
+
+    def _newer_half(self, handle: int, header: bytes, size: int) -> int:
+        """Put a file with the newest records in the place of this one, whose handle is closed; its handle, locked."""
+        scratch = self._path.with_suffix(".new")  # nobody else is here: the file is locked
+        new = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o644)
+        try:
+            flock(new, LOCK_EX)
+            _write(new, header)
+            end = os.fstat(handle).st_size
+            place = max(len(header), end - _MOST_BYTES // 2 // size * size)
+            while place < end:
+                _write(new, block := os.pread(handle, _BLOCK * size, place))
+                place += len(block)
+            scratch.replace(self._path)
+        except BaseException:
+            os.close(new)
+            scratch.unlink(missing_ok=True)
+            raise
+        os.close(handle)
+        return new
+
     def _look_over(self, file: BinaryIO) -> None:
         """Note where each record stands that was added since the last time."""
         header = file.read(_HEADER.size)
         mark, width = _HEADER.unpack(header) if len(header) == _HEADER.size else (b"", 0)
-        if mark != _MARK or width != self._width or os.fstat(file.fileno()).st_size < self._seen:
-            self._places, self._width, self._seen = {}, width, _HEADER.size
+        now = os.fstat(file.fileno())
+        if mark != _MARK or width != self._width or now.st_size < self._seen or now.st_ino != self._inode:
+            self._places, self._width, self._seen, self._inode = {}, width, _HEADER.size, now.st_ino
         if mark != _MARK:
             return
         size = _record_size(width)

@@ -121,6 +121,20 @@ def test_more_records_than_are_read_at_once(tmp_path, monkeypatch):
     assert same(VectorCache(tmp_path, "a model").get(texts), vectors(texts))
 
 
+def test_a_full_file_gives_way_to_its_newer_half(tmp_path, monkeypatch):
+    monkeypatch.setattr("retrievers.vector_cache._MOST_BYTES", 40 * 68)
+    reader, writer = VectorCache(tmp_path, "a model"), VectorCache(tmp_path, "a model")
+    texts = [f"text {number}" for number in range(100)]
+    for number, text in enumerate(texts):
+        writer.add(vectors([text]))
+        assert same(reader.get([text]), vectors([text]))
+        [path] = tmp_path.iterdir()
+        assert path.stat().st_size <= 40 * 68
+        kept = list(reader.get(texts))
+        assert kept == texts[number + 1 - len(kept) : number + 1]
+        assert len(kept) >= min(number + 1, 20)
+
+
 WRITER = """
 import sys
 from pathlib import Path
@@ -146,6 +160,23 @@ def test_two_processes_write_at_once(tmp_path):
     assert path.stat().st_size == 16 + 900 * 68
 
 
+def test_processes_write_at_once_into_a_file_that_gives_way(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    small = "import retrievers.vector_cache as cache; cache._MOST_BYTES = 50 * 68\n"
+    code = small + WRITER.replace("    assert", "    #")  # the other's may have pushed it out
+    running = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), who], env=environment, cwd=TESTS.parent)
+        for who in ("first", "second")
+    ]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    [path] = tmp_path.iterdir()
+    assert (path.stat().st_size - 16) % 68 == 0
+    texts = [f"{who} {number} {place}" for who in ("first", "second") for number in range(150) for place in range(3)]
+    found = VectorCache(tmp_path, "a model").get(texts)
+    assert 25 <= len(found) <= 50
+    assert same(found, vectors(found))
+
+
 # The encoder with a cache
 
 
@@ -166,7 +197,8 @@ def encoder(folder, model, name):
     return made
 
 
-def test_a_text_is_encoded_once_on_a_machine(tmp_path):
+def test_a_text_is_encoded_once_on_a_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr("retrievers.encoder._FEW", 1)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     first, second, third = Model(), Model(), Model()
@@ -185,7 +217,16 @@ def test_a_text_is_encoded_once_on_a_machine(tmp_path):
     assert third.encoded == ["a", "b c"]
 
 
-def test_a_model_that_cannot_be_told_from_others_is_not_cached(tmp_path):
+def test_a_few_texts_are_nobodys_to_keep(tmp_path):
+    (tmp_path / "model").mkdir()
+    encoder(tmp_path / "kept", Model(), tmp_path / "model").encode([f"text {number}" for number in range(100)])
+    assert not (tmp_path / "kept").exists()
+    encoder(tmp_path / "kept", Model(), tmp_path / "model").encode([f"text {number}" for number in range(101)])
+    assert (tmp_path / "kept").exists()
+
+
+def test_a_model_that_cannot_be_told_from_others_is_not_cached(tmp_path, monkeypatch):
+    monkeypatch.setattr("retrievers.encoder._FEW", 0)
     model = Model()
     for _ in range(2):
         encoder(tmp_path / "kept", model, "nobody/such-model").encode(["a"])
@@ -204,7 +245,8 @@ def test_the_identity_of_a_model(tmp_path):
 
 
 @pytest.mark.models
-def test_a_model_is_not_loaded_where_all_vectors_are_kept(tmp_path):
+def test_a_model_is_not_loaded_where_all_vectors_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("retrievers.encoder._FEW", 1)
     first, second = (SentenceEncoder(lambda: locate("minilm"), cache=tmp_path) for _ in range(2))
     assert first.encode(["a text", ""]).tolist() == second.encode(["a text", ""]).tolist()
     assert "_encoder" in vars(first)
