@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,13 @@ REPORT_TITLE = "Prompt or fine-tune?"
 @click.option("--data", required=True, metavar="DATA", help="Labelled test data, of any kind that `icl compile` reads.")
 @click.option("-o", "--output", type=OutputFile(), help="Write the report here, as one HTML file.")
 @click.option("--rows", type=OutputFile(), help="Append the results to this file, one JSON object a line.")
+@click.option("--per-query", type=OutputFile(), help="Append the gap of each query to this file: a line for each row.")
 @click.option("--queries", type=WholeNumber(min=1), show_default="all", help="Test rows to ask, drawn at random.")
+@click.option(
+    "--epsilon",
+    type=FiniteNumber(0, 1, min_open=True, max_open=True),
+    help="Ask query after query, --queries at most, and stop once it is decided whether the gap is within this.",
+)
 @click.option(
     "--examples",
     type=WholeNumber(min=1),
@@ -74,7 +81,9 @@ def evaluate(
     data: str,
     output: Path | None,
     rows: Path | None,
+    per_query: Path | None,
     queries: int | None,
+    epsilon: float | None,
     examples: tuple[int, ...],
     level: float,
     baselines: bool,
@@ -90,18 +99,21 @@ def evaluate(
     """Measure how far PROGRAM is from a fine-tuned reference.
 
     The gap is the total variation between their answers to the test texts, with an interval: 0 where they answer
-    alike, 1 where they never do. Beside it stand the baselines: zero shots, random shots, the vote of the
-    neighbours without a language model, the floor (two references, two seeds) and the noise of scoring the same
-    program again, in other batches and in float32. Where the program was compiled from some of the test texts,
-    these are left out of its pool.
+    alike, 1 where they never do. Beside it stand the baselines: zero shots, random shots, shuffled labels (what the
+    labels are worth), the vote of the neighbours without a language model, the floor (two references, two seeds)
+    and the noise of scoring the same program again, in other batches and in float32. Where the program was compiled
+    from some of the test texts, these are left out of its pool.
 
     \b
       icl evaluate program --reference reference --data test.csv -o report.html
       icl evaluate program --reference reference --reference reference-1 \\
           --data test.csv --queries 200 --examples 100 --examples 1000
+      icl evaluate program --reference reference --data test.csv --epsilon 0.1
     """
+    from evaluation.asking import in_random_order
     from evaluation.evaluate import BASELINES, ask_references
     from evaluation.reference.trainer import load_reference
+    from evaluation.sequential_cli import measure_until_decided
     from icl_compiler.artifact import load_program
     from icl_compiler.data import load_dataset
     from icl_compiler.predictor import open_backend
@@ -112,29 +124,50 @@ def evaluate(
     described = [load_reference(folder) for folder in references]
     dataset = load_dataset(data, text_column=text_column, label_column=label_column)
     warnings = list(dataset.warnings)
-    dataset = draw(dataset, queries, seed=seed)
+    if epsilon is not None and examples:
+        raise click.UsageError(
+            "--epsilon decides about the whole program; leave --examples out, or compile smaller ones"
+        )
+    dataset = (draw if epsilon is None else in_random_order)(dataset, queries, seed=seed)
     sizes = pool_sizes(loaded, examples)
     require_comparable(loaded, described, dataset)
+    open_engine = partial(open_backend, backend, loaded.settings.model, dtype=dtype, server=server, in_flight=in_flight)
+    series = BASELINES if baselines else ()
     with _bars() as progress:
-        answers = ask_references(described, dataset, dtype=dtype, progress=progress)
-        engine = open_backend(backend, loaded.settings.model, dtype=dtype, server=server, in_flight=in_flight)
-        results = measure_sizes(
-            loaded,
-            engine,
-            answers,
-            dataset,
-            sizes,
-            dataset_name=_dataset_name(data),
-            level=level,
-            series=BASELINES if baselines else (),
-            progress=progress,
-        )
+        if epsilon is None:
+            answers = ask_references(described, dataset, dtype=dtype, progress=progress)
+            results = measure_sizes(
+                loaded,
+                open_engine(),
+                answers,
+                dataset,
+                sizes,
+                dataset_name=_dataset_name(data),
+                level=level,
+                series=series,
+                progress=progress,
+            )
+        else:
+            results = [
+                measure_until_decided(
+                    loaded,
+                    open_engine(),
+                    described,
+                    dataset,
+                    epsilon=epsilon,
+                    dataset_name=_dataset_name(data),
+                    level=level,
+                    series=series,
+                    dtype=dtype,
+                    progress=progress,
+                )
+            ]
     warnings += [warning for result in results for warning in result.warnings]
     if len(references) == 1 and baselines:
         warnings.append("the floor was not measured: give a second --reference, trained with another --seed")
     command = click.get_current_context().command_path
-    arguments = _arguments(program, references, data, queries, examples, seed)
-    finish(results, output, rows, warnings, [f"{command} {arguments}"], as_json=as_json)
+    arguments = _arguments(program, references, data, queries, epsilon, examples, seed)
+    finish(results, output, rows, warnings, [f"{command} {arguments}"], as_json=as_json, per_query_file=per_query)
 
 
 @click.command()
@@ -258,6 +291,7 @@ def finish(
     commands: Sequence[str],
     *,
     as_json: bool = False,
+    per_query_file: Path | None = None,
 ) -> None:
     """Print the results, append the rows, write the report: in this order, so that a full disk takes only the files."""
     from evaluation.report import write_report
@@ -272,9 +306,10 @@ def finish(
     else:
         for line in [*summary_lines(rows), "", *verdict_sentence(rows)]:
             click.echo(line)
-    if rows_file is not None:
-        with rows_file.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    for path, lines in ((rows_file, rows), (per_query_file, [line for result in results for line in result.per_query])):
+        if path is not None:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if output is not None:
         worst = results[-1].worst
         write_report(output, rows, worst=worst, commands=commands, warnings=warnings, title=REPORT_TITLE)
@@ -388,7 +423,13 @@ def _dataset_name(source: str) -> str:
 
 
 def _arguments(
-    program: Path, references: Sequence[Path], data: str, queries: int | None, examples: Sequence[int], seed: int
+    program: Path,
+    references: Sequence[Path],
+    data: str,
+    queries: int | None,
+    epsilon: float | None,
+    examples: Sequence[int],
+    seed: int,
 ) -> str:
     import shlex
 
@@ -396,6 +437,7 @@ def _arguments(
     parts += [part for folder in references for part in ("--reference", str(folder))]
     parts += ["--data", data]
     parts += ["--queries", str(queries)] if queries is not None else []
+    parts += ["--epsilon", str(epsilon)] if epsilon is not None else []
     parts += [part for n in examples for part in ("--examples", str(n))]
     parts += ["--seed", str(seed)]
     return shlex.join(parts)

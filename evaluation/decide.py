@@ -6,6 +6,9 @@
 - Rows do not say on which queries a program was chosen. Where several were measured on one dataset, a sentence says
   that each verdict holds by itself, and not for the best of them.
 - The floor is that of the same reference, queries and level: the first, its own model's before others'.
+- The vote of the neighbours is looked at too: where it alone is within epsilon, or closer than the prompt, a sentence
+  says so.
+- Where queries were asked until a decision, the intervals hold for every epsilon and whenever one stopped.
 """
 
 from collections.abc import Sequence
@@ -15,9 +18,10 @@ import numpy as np
 
 from evaluation.bounds import n_tv
 from evaluation.curves import FittedCurve, Points, fitted_curve
-from evaluation.formatting import brackets, counted, joined, one_line
+from evaluation.formatting import brackets, counted, joined, one_line, with_interval
 from evaluation.intervals import Interval
 from evaluation.measurement import Measurement
+from evaluation.sentences import asked_in_turn
 from evaluation.verdict import BreakEven, TokenCost, Verdict, break_even, verdict_of_intervals
 from icl_compiler.errors import EvaluationError
 
@@ -74,7 +78,8 @@ def decide(
     """One decision for each program in the rows, in their order.
 
     Args:
-        labels: their number, without "other"; to say what a learner without prior would need.
+        labels: their number, without "other", where the rows do not tell it; to say what a learner without prior
+            would need.
         prices: to say from how many queries on fine-tuning is cheaper.
 
     Raises:
@@ -128,7 +133,8 @@ def _decision(
     sizes, most = np.array(sorted(by_size)), ordered[-1]
     gaps = np.array([cast(float, row.gap) for row in ordered])
     intervals = [_interval(row) for row in ordered]
-    level, floor = cast(float, most.level), _floor(most, rows)
+    level, floor = cast(float, most.level), _beside(most, rows, "floor")
+    labels = most.n_labels if labels is None else labels
     found = verdict_of_intervals(
         sizes,
         gaps,
@@ -148,6 +154,10 @@ def _decision(
             f"{rivals} verdicts are about this dataset. Each holds for a program that was settled on beforehand; the "
             "best of them has to be measured again, on other queries."
         )
+    if asked_in_turn(most):
+        said.append(f"{asked_in_turn(most)} So it may be asked about other epsilons, too.")
+    if vote := _beside(most, rows, "neighbours' vote"):
+        said += _about_vote(most, vote, epsilon)
     if floor is None:
         said.append(
             f"No floor with an interval of {100 * level:g} % is among the rows, so nothing says how small a gap can be "
@@ -210,16 +220,34 @@ def _interval(row: Measurement) -> Interval:
     return Interval(cast(float, row.gap_low), cast(float, row.gap_high))
 
 
-def _floor(head: Measurement, rows: Sequence[Measurement]) -> Measurement | None:
+def _about_vote(head: Measurement, vote: Measurement, epsilon: float) -> list[str]:
+    """Where the vote makes the language model needless, as far as the intervals tell."""
+    interval, measured = _interval(vote), with_interval(vote.gap, vote.gap_low, vote.gap_high, digits=3)
+    said = []
+    if interval.high <= epsilon:
+        said.append(
+            f"The vote of the nearest neighbours alone is within {epsilon:g}, at {measured}: for that no language "
+            "model is needed."
+        )
+    if interval.high < _interval(head).low:
+        said.append(
+            f"The vote of the nearest neighbours alone, at {measured}, is closer to the reference than the prompt: "
+            "here the language model brings no gain."
+        )
+    return said
+
+
+def _beside(head: Measurement, rows: Sequence[Measurement], series: str) -> Measurement | None:
+    """The row of a series on the same queries, with an interval: that of the same model and size, or else the first."""
     alike = ("dataset", "reference", "data_sha256", "level")
-    floors = [
+    found = [
         row
         for row in rows
-        if row.series == "floor"
+        if row.series == series
         and None not in (row.gap_low, row.gap_high)
         and all(getattr(row, field) == getattr(head, field) for field in alike)
     ]
-    return min(floors, key=lambda row: row.model != head.model, default=None)
+    return min(found, key=lambda row: (row.model != head.model, row.n_examples != head.n_examples), default=None)
 
 
 def _about_curve(curve: FittedCurve, epsilon: float) -> list[str]:

@@ -23,7 +23,11 @@ _PRICE = FiniteNumber(min=0)
     type=FiniteNumber(0, 1, min_open=True, max_open=True),
     help="Largest gap that is good enough; settle on it before you look.",
 )
-@click.option("--labels", type=WholeNumber(min=2), help="How many there are: say what a learner without prior needs.")
+@click.option(
+    "--labels",
+    type=WholeNumber(min=2),
+    help="How many there are, where the rows do not tell: say what a learner without prior needs.",
+)
 @click.option("--prompt-price", type=_PRICE, help="Price of a million tokens of prompts to the frozen model.")
 @click.option("--tuned-price", type=_PRICE, help="Price of a million tokens of prompts to the tuned model.")
 @click.option(

@@ -16,7 +16,8 @@ from jaxtyping import Float
 
 from evaluation.formatting import counted
 from evaluation.intervals import Interval, betting
-from evaluation.tv import Box, box_with_other, boxed_tv, tv_distance, with_other
+from evaluation.sequential import running_interval
+from evaluation.tv import Box, Sandwich, box_with_other, boxed_tv, tv_distance, with_other
 from icl_compiler.errors import EvaluationError
 from icl_compiler.predictor import Predictions
 
@@ -35,11 +36,8 @@ class Gap(NamedTuple):
     bounds: Interval | None = None
 
 
-def gap(first: Predictions, second: Predictions, *, level: float = 0.95) -> Gap:
-    """The gap between two predictors on the same texts; the interval holds for queries drawn i.i.d.
-
-    It holds also where the predictions are bounds: its low end is that of the lowest total variations they allow, its
-    high end that of the highest.
+def distances(first: Predictions, second: Predictions) -> Sandwich:
+    """Bounds on the total variation between two predictors on each text; one array twice where it is known exactly.
 
     Raises:
         EvaluationError: if the two speak of other labels, or of another number of texts.
@@ -57,8 +55,18 @@ def gap(first: Predictions, second: Predictions, *, level: float = 0.95) -> Gap:
         upper=None if second.upper is None else second.upper[:, order],
     )
     if _is_exact(first) and _is_exact(second):
-        return gap_of_laws(with_other(first.probabilities), with_other(second.probabilities), level=level)
-    return _gap_of_boxes(_box(first), _box(second), level=level)
+        exact = tv_distance(with_other(first.probabilities), with_other(second.probabilities))
+        return Sandwich(exact, exact)
+    return boxed_tv(_box(first), _box(second))
+
+
+def gap(first: Predictions, second: Predictions, *, level: float = 0.95, anytime: bool = False) -> Gap:
+    """The gap between two predictors on the same texts; see `gap_of_distances`.
+
+    Raises:
+        EvaluationError: if the two speak of other labels, or of another number of texts.
+    """
+    return gap_of_distances(distances(first, second), level=level, anytime=anytime)
 
 
 def gap_of_laws(
@@ -66,24 +74,32 @@ def gap_of_laws(
 ) -> Gap:
     """The gap between two laws given row by row.
 
-    Betting takes the queries one after the other; they are shuffled first (a fixed seed), since a file is often sorted
-    by label and the interval is about queries in random order.
-
     >>> round(gap_of_laws(np.array([[0.8, 0.2]]), np.array([[0.5, 0.5]])).mean, 6)
     0.3
     """
-    distances = tv_distance(p, q)
-    shuffled = np.random.default_rng(0).permutation(distances)
-    return Gap(float(distances.mean()), betting(shuffled, delta=1 - level), distances)
+    exact = tv_distance(p, q)
+    return gap_of_distances(Sandwich(exact, exact), level=level)
 
 
-def _gap_of_boxes(p: Box, q: Box, *, level: float) -> Gap:
-    lowest, highest = boxed_tv(p, q)
-    order = np.random.default_rng(0).permutation(len(lowest))
-    low, high = (betting(ends[order], delta=1 - level) for ends in (lowest, highest))
-    middle = (lowest + highest) / 2
-    bounds = Interval(float(lowest.mean()), float(highest.mean()))
-    return Gap(float(middle.mean()), Interval(low.low, high.high), middle, bounds)
+def gap_of_distances(found: Sandwich, *, level: float = 0.95, anytime: bool = False) -> Gap:
+    """The gap from the distance of each query, or bounds on it; the interval holds for queries drawn i.i.d.
+
+    Of bounds, the low end is that of the lowest distances, the high end that of the highest. Betting takes the queries
+    one after the other; they are shuffled first (a fixed seed), since a file is often sorted by label and the interval
+    is about queries in random order. With `anytime` they are taken in the order given, which has to be random, and the
+    interval holds although their number was chosen by what they showed.
+    """
+    if anytime:
+        interval = running_interval(found, level=level)
+    else:
+        order = np.random.default_rng(0).permutation(len(found.lower))
+        low, high = (betting(ends[order], delta=1 - level) for ends in found)
+        interval = Interval(low.low, high.high)
+    middle = (found.lower + found.upper) / 2
+    bounds = None
+    if found.lower is not found.upper:
+        bounds = Interval(float(found.lower.mean()), float(found.upper.mean()))
+    return Gap(float(middle.mean()), interval, middle, bounds)
 
 
 def _is_exact(said: Predictions) -> bool:

@@ -34,11 +34,16 @@ class Measurement:
     Attributes:
         gap_truncation: by how much the bounds of a mean gap differ, whose midpoint is `gap`: of an engine that gives
             only its likeliest tokens. The interval covers it. `None` where the gap is exact.
+        n_labels: how many labels there are, without "other".
+        queries_max: where queries were asked until a decision, how many might have been; the intervals then hold
+            whenever one stopped. `epsilon`, `decision` (within, not within, undecided) and `queries_asked` are of the
+            program.
         noise_against: of scoring noise, what the program was compared with: itself in "other batches", or in "float32".
     """
 
     series: str
     dataset: str | None = None
+    n_labels: int | None = None
     n_examples: int | None = None
     max_prompt_tokens: int | None = None
     retriever: str | None = None
@@ -49,6 +54,10 @@ class Measurement:
     gap_truncation: float | None = None
     level: float | None = None
     n_queries: int | None = None
+    epsilon: float | None = None
+    decision: str | None = None
+    queries_asked: int | None = None
+    queries_max: int | None = None
     accuracy: float | None = None
     accuracy_low: float | None = None
     accuracy_high: float | None = None

@@ -97,6 +97,7 @@ def sentences(group: Group) -> list[str]:
         ]
     found = [
         _gap_and_floor(head, group.beside("floor")),
+        asked_in_turn(head),
         _against_floor(head, group.beside("floor")),
         _judge(head),
         _against_vote(head, group.beside("neighbours' vote")),
@@ -122,6 +123,22 @@ def _gap_and_floor(head: Measurement, floor: Measurement | None) -> str:
     apart = f"; two fine-tunings with different seeds are {_text(floor)} apart (the floor)" if floor else ""
     model = head.model or "model"
     return f"{examples} prompted {model} is {_text(head)} in total variation from {reference}{queries}{apart}."
+
+
+def asked_in_turn(row: Measurement) -> str:
+    """Of queries asked until a decision: what it is, and what it saved. Empty for a number that was fixed.
+
+    >>> asked_in_turn(Measurement("program", epsilon=0.1, decision="within", queries_asked=48, queries_max=400))
+    'Within 0.1: decided after 48 of at most 400 queries, 352 saved. The interval holds whenever one stops asking.'
+    """
+    if row.decision is None or row.queries_asked is None or row.queries_max is None:
+        return ""
+    asked, most = row.queries_asked, counted(row.queries_max, "query", "queries")
+    holds = "The interval holds whenever one stops asking"
+    if row.decision == "undecided":
+        return f"Not decided whether it is within {row.epsilon:g}, after all {most}. {holds}, and goes on with more."
+    saved = f"{row.queries_max - asked:,} saved"
+    return f"{_capital(row.decision)} {row.epsilon:g}: decided after {asked:,} of at most {most}, {saved}. {holds}."
 
 
 def _against_floor(head: Measurement, floor: Measurement | None) -> str:

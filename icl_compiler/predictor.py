@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -44,6 +45,24 @@ class Predictions(NamedTuple):
         """Mass of everything that is not a label word, in [0, 1]."""
         other: Float[np.ndarray, " texts"] = np.clip(1 - self.probabilities.sum(axis=1), 0, 1)
         return other
+
+
+def joined(parts: Sequence[Predictions]) -> Predictions:
+    """What was said to several lists of texts, one after the other; at least one list, all about the same labels.
+
+    Where the probabilities of one are bounds, those of the others are bounds too, with both ends the same.
+    """
+    uppers = None
+    if any(part.upper is not None for part in parts):
+        uppers = np.concatenate([part.probabilities if part.upper is None else part.upper for part in parts])
+    return Predictions(
+        parts[0].labels,
+        np.concatenate([part.probabilities for part in parts]),
+        np.concatenate([part.prompt_tokens for part in parts]),
+        reduce(Usage.plus, [part.usage for part in parts]),
+        sum(part.seconds for part in parts),
+        uppers,
+    )
 
 
 @runtime_checkable

@@ -1,6 +1,5 @@
 """Intervals against plain loops, exact binomials, scipy, and simulated coverage."""
 
-import itertools
 import math
 import time
 import tracemalloc
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import binom, binomtest, bootstrap
 
+from benchmarks.coverage import LAWS, TOYS, paired
 from evaluation.intervals import (
     Interval,
     betting,
@@ -26,48 +26,6 @@ from icl_compiler.errors import EvaluationError
 
 RIGOROUS = (hoeffding, empirical_bernstein, betting)
 samples = arrays(np.float64, st.integers(1, 60), elements=st.floats(0, 1))
-
-
-def markov_pair(start, steps, other_start, other_steps, length):
-    """Values and pairs of probabilities of all binary sequences under two chains: the toys of the theory."""
-
-    def law(start, steps):
-        return np.array(
-            [
-                start[s[0]] * math.prod(steps[a][b] for a, b in itertools.pairwise(s))
-                for s in itertools.product((0, 1), repeat=length)
-            ]
-        )
-
-    p, q = law(start, steps), law(other_start, other_steps)
-    return np.abs(p - q) / (p + q), p, q, 0.5 * np.abs(p - q).sum()
-
-
-TOYS = {
-    "bern": markov_pair((0.5, 0.5), [[0.5, 0.5]] * 2, (0.4, 0.6), [[0.4, 0.6]] * 2, 8),
-    "markov": markov_pair((0.7, 0.3), [[0.9, 0.1], [0.2, 0.8]], (0.6, 0.4), [[0.8, 0.2], [0.25, 0.75]], 10),
-    "close": markov_pair((0.5, 0.5), [[0.6, 0.4], [0.3, 0.7]], (0.5, 0.5), [[0.62, 0.38], [0.3, 0.7]], 6),
-}
-
-
-def paired(rng, shape, toy):
-    z, p, q, _ = TOYS[toy]
-    return (z[rng.choice(len(z), shape, p=p / p.sum())] + z[rng.choice(len(z), shape, p=q / q.sum())]) / 2
-
-
-# Each law: a draw of a given shape, and its mean.
-LAWS = {
-    "bernoulli .05": (lambda rng, shape: (rng.random(shape) < 0.05).astype(float), 0.05),
-    "bernoulli .5": (lambda rng, shape: (rng.random(shape) < 0.5).astype(float), 0.5),
-    "beta .05": (lambda rng, shape: rng.beta(0.5, 9.5, shape), 0.05),
-    "beta .71": (lambda rng, shape: rng.beta(5, 2, shape), 5 / 7),
-    "two points": (lambda rng, shape: np.where(rng.random(shape) < 0.1, 0.9, 0.1), 0.18),
-    "rare and large": (lambda rng, shape: np.where(rng.random(shape) < 0.01, 1.0, 0.02), 0.0298),
-    "near 0": (lambda rng, shape: 0.001 * rng.random(shape), 0.0005),
-    "toy bern": (lambda rng, shape: paired(rng, shape, "bern"), TOYS["bern"][3]),
-    "toy markov": (lambda rng, shape: paired(rng, shape, "markov"), TOYS["markov"][3]),
-    "toy close": (lambda rng, shape: paired(rng, shape, "close"), TOYS["close"][3]),
-}
 
 
 def least_coverage(runs, nominal=0.95):
