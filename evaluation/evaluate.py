@@ -6,6 +6,7 @@
   composition, and in float32, where the engine's numbers have fewer bits. A long prompt is alone in its batch, so that
   only the second says something of it.
 - Results are rows (plain dictionaries, one per series); the report is made from them and nothing else.
+- Where queries were asked until a decision, every interval is one that holds whenever one stops.
 """
 
 import os
@@ -13,7 +14,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, reduce
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -21,33 +22,42 @@ from typing import NamedTuple, cast
 import numpy as np
 from jaxtyping import Bool
 
+from evaluation.asking import Asked
 from evaluation.formatting import counted
 from evaluation.gap import Gap, calibration_error, gap, require_known
 from evaluation.intervals import clopper_pearson
 from evaluation.neighbours import NeighboursVote
 from evaluation.reference.trainer import Reference, same_labels
-from icl_compiler.backends.backend import Backend, Progress, Usage
+from evaluation.sequential import running_interval
+from evaluation.tv import Sandwich
+from icl_compiler.backends.backend import Backend, Progress
 from icl_compiler.compile import new_retriever, without_rows, zero_shot_program
 from icl_compiler.data import Dataset
 from icl_compiler.errors import EvaluationError, ICLError
-from icl_compiler.predictor import Predictions, PromptedPredictor
-from icl_compiler.program import Program, Prompt
+from icl_compiler.predictor import Predictions, PromptedPredictor, joined
+from icl_compiler.program import Program, Prompt, encode_pool
 
 Row = dict[str, object]
 ProgressFor = Callable[[str, int], Progress | None]
 """Gives the progress callback for a series with that many texts."""
 
-BASELINES = ("random shots", "zero shots", "neighbours' vote", "floor", "scoring noise")
+BASELINES = ("random shots", "shuffled labels", "zero shots", "neighbours' vote", "floor", "scoring noise")
 NOISE_QUERIES = 32
 """Queries that are scored again: without any noise the 95 % interval ends at 0.14, with 16 of them at 0.26."""
 
 
 class Evaluation(NamedTuple):
-    """Rows, the queries with the largest gap, and counted warnings."""
+    """Rows, the queries with the largest gap, counted warnings, and the gaps of every query.
+
+    Attributes:
+        per_query: one object for each row, with its columns that say what was measured, and `gaps` and `correct`: of
+            each query in the order of the data that `data_sha256` is of.
+    """
 
     rows: list[Row]
     worst: list[dict[str, object]]
     warnings: list[str]
+    per_query: list[Row]
 
 
 @dataclass(frozen=True)
@@ -59,10 +69,8 @@ class Answers:
     floors: tuple[tuple[Reference, Predictions], ...]
 
 
-def ask_references(
-    references: Sequence[Reference], data: Dataset, *, dtype: str = "auto", progress: ProgressFor | None = None
-) -> Answers:
-    """The answer laws of the references on the texts of `data`; the first is the one to approximate.
+def require_comparable_references(references: Sequence[Reference]) -> None:
+    """Find out before they are asked whether they can be compared with each other.
 
     Raises:
         EvaluationError: if their labels differ, or two of them have the same seed.
@@ -73,10 +81,30 @@ def ask_references(
             f"the references have the seeds {', '.join(map(str, seeds))}; the floor is the distance of two that were "
             "trained with different seeds: give each --reference its own (`icl finetune --seed`)"
         )
-    answers = []
     for reference in references:
         if difference := same_labels(references[0].labels, reference.labels):
             raise EvaluationError(f"the references were trained on other labels than each other: {difference}")
+
+
+def ask_references(
+    references: Sequence[Reference],
+    data: Dataset,
+    *,
+    dtype: str = "auto",
+    asked: Asked | None = None,
+    progress: ProgressFor | None = None,
+) -> Answers:
+    """The answer laws of the references on the texts of `data`; the first is the one to approximate.
+
+    Args:
+        asked: what the first of them has said to these texts already.
+
+    Raises:
+        EvaluationError: if their labels differ, or two of them have the same seed.
+    """
+    require_comparable_references(references)
+    answers = [] if asked is None else [asked.reference]
+    for reference in references[len(answers) :]:
         name = f"reference, seed {reference.seed}"
         report = progress(name, len(data)) if progress else None
         answers.append(reference.predictor(dtype=dtype).predict(data.texts, progress=report))
@@ -93,6 +121,7 @@ def evaluate(
     level: float = 0.95,
     worst: int = 10,
     series: Collection[str] = BASELINES,
+    asked: Asked | None = None,
     float32_backend: Callable[[], Backend] | None = None,
     progress: ProgressFor | None = None,
 ) -> Evaluation:
@@ -100,6 +129,7 @@ def evaluate(
 
     Args:
         series: what is measured beside the program, of `BASELINES`.
+        asked: what the program has said to `data` already, query after query until a decision.
         float32_backend: opens the program's model in float32, for the scoring noise; called last, and only for it. If
             that fails, a warning says so.
 
@@ -112,35 +142,39 @@ def evaluate(
             "compile and fine-tune on the same labels"
         )
     require_known(program.labels, data.answers)
-    warnings = []
-    program, dropped = without_rows(program, data.texts)
-    if dropped:
-        stand, were = ("stands", "was") if dropped == 1 else ("stand", "were")
-        warnings.append(
-            f"{counted(dropped, 'row')} of the pool {stand} in the test data too and {were} removed from the pool for "
-            "this evaluation"
-        )
+    program, warnings = without_test_rows(program, data)
+    common = common_columns(program, backend, answers, data, dataset_name, level)
+    anytime = asked is not None
+    if asked is not None:
+        common |= {"data_sha256": asked.drawn.content_hash, "queries_max": len(asked.drawn)}
+    per_query: list[Row] = []
 
     def ask(name: str, asked: PromptedPredictor | NeighboursVote | _OneByOne, texts: Sequence[str]) -> Predictions:
         return asked.predict(texts, progress=progress(name, len(texts)) if progress else None)
 
-    def row(series: str, said: Predictions, compared: Gap, **more: object) -> Row:
-        common = common_columns(program, backend, answers, data, dataset_name, level)
-        return {"series": series, **common, **measured_columns(said, compared, answers, data, level), **more}
+    def row(series: str, said: Predictions, **more: object) -> Row:
+        compared = gap(said, answers.first, level=level, anytime=anytime)
+        what = {"series": series, **common, **more}
+        correct = _same(_labels(said), data.answers)
+        per_query.append({**what, "gaps": compared.per_query.tolist(), "correct": correct.tolist()})
+        return what | measured_columns(said, compared, answers, data, level, anytime=anytime)
 
     reference_accuracy = float(np.mean(_same(_labels(answers.first), data.answers)))
     prompts = program.prompts(data.texts)
     shots = float(np.mean([len(prompt.selection.rows) for prompt in prompts]))
-    said = ask("program", PromptedPredictor(program, backend), data.texts)
-    compared = gap(said, answers.first, level=level)
-    rows = [row("program", said, compared, shots_per_query=shots, reference_accuracy=reference_accuracy)]
+    of_program: Row = {"shots_per_query": shots, "reference_accuracy": reference_accuracy}
+    if asked is None:
+        said = ask("program", PromptedPredictor(program, backend), data.texts)
+    else:
+        said = asked.said
+        of_program |= {"epsilon": asked.epsilon, "decision": asked.stopped.answer, "queries_asked": len(data)}
+    rows = [row("program", said, **of_program)]
     for name in series:
         if name in _ASKED:
-            other = ask(name, predictor_of(name, program, backend), data.texts)
-            rows.append(row(name, other, gap(other, answers.first, level=level)))
+            rows.append(row(name, ask(name, predictor_of(name, program, backend), data.texts)))
     if "floor" in series:
         for reference, second in answers.floors:
-            rows.append(row("floor", second, gap(second, answers.first, level=level), reference_seed=reference.seed))
+            rows.append(row("floor", second, reference_seed=reference.seed))
     if "scoring noise" in series:
 
         def noise_row(against: str, scoring: PromptedPredictor | _OneByOne) -> Row:
@@ -149,8 +183,8 @@ def evaluate(
             return {
                 "series": "scoring noise",
                 "noise_against": against,
-                **common_columns(program, backend, answers, data, dataset_name, level),
-                **_gap_columns(gap(_first(said, count), again, level=level), count),
+                **common,
+                **_gap_columns(gap(_first(said, count), again, level=level, anytime=anytime), count),
                 **_cost_columns(again),
             }
 
@@ -163,7 +197,20 @@ def evaluate(
                 warnings.append(f"the scoring noise against float32 was not measured: {reason}")
     if truncated := [row for row in rows if "gap_truncation" in row]:
         warnings.append(_truncation_warning(truncated))
-    return Evaluation(rows, worst_queries(program, said, answers.first, compared, data, prompts, worst), warnings)
+    compared = gap(said, answers.first, level=level, anytime=anytime)
+    shown = worst_queries(program, said, answers.first, compared, data, prompts, worst)
+    return Evaluation(rows, shown, warnings, per_query)
+
+
+def without_test_rows(program: Program, data: Dataset) -> tuple[Program, list[str]]:
+    """The program without the rows of its pool that stand in `data` too, and a warning that counts them."""
+    program, dropped = without_rows(program, data.texts)
+    stand, were = ("stands", "was") if dropped == 1 else ("stand", "were")
+    said = (
+        f"{counted(dropped, 'row')} of the pool {stand} in the test data too and {were} removed from the pool for "
+        "this evaluation"
+    )
+    return program, [said] if dropped else []
 
 
 @dataclass(frozen=True)
@@ -173,16 +220,7 @@ class _OneByOne:
     predictor: PromptedPredictor
 
     def predict(self, texts: Sequence[str], *, progress: Progress | None = None) -> Predictions:
-        parts = [self.predictor.predict([text], progress=progress) for text in reversed(texts)][::-1]
-        uppers = [part.upper for part in parts if part.upper is not None]
-        return Predictions(
-            self.predictor.labels,
-            np.concatenate([part.probabilities for part in parts]),
-            np.concatenate([part.prompt_tokens for part in parts]),
-            reduce(Usage.plus, [part.usage for part in parts]),
-            sum(part.seconds for part in parts),
-            np.concatenate(uppers) if uppers else None,
-        )
+        return joined([self.predictor.predict([text], progress=progress) for text in reversed(texts)][::-1])
 
 
 def _first(said: Predictions, count: int) -> Predictions:
@@ -213,6 +251,7 @@ def common_columns(
     return {
         "dataset": dataset_name,
         "n_examples": len(program.pool.data),
+        "n_labels": len(program.labels) or None,
         "max_prompt_tokens": program.settings.budget,
         "retriever": program.settings.retriever,
         "level": level,
@@ -226,11 +265,13 @@ def common_columns(
     }
 
 
-def measured_columns(said: Predictions, compared: Gap, answers: Answers, data: Dataset, level: float) -> Row:
+def measured_columns(
+    said: Predictions, compared: Gap, answers: Answers, data: Dataset, level: float, *, anytime: bool = False
+) -> Row:
     """What a row says of answers to `data`, and of their gap to those of the reference."""
     return {
         **_gap_columns(compared, len(said.probabilities)),
-        **_answer_columns(said, _same(_labels(said), data.answers), level),
+        **_answer_columns(said, _same(_labels(said), data.answers), level, anytime=anytime),
         "agreement": float(np.mean(_same(_labels(said), _labels(answers.first)))),
     }
 
@@ -243,13 +284,19 @@ def _gap_columns(compared: Gap, queries: int) -> Row:
     return columns
 
 
-def _answer_columns(said: Predictions, correct: Bool[np.ndarray, " texts"], level: float) -> Row:
-    count = len(correct)
-    low, high = clopper_pearson(int(correct.sum()), count, delta=1 - level)
+def accuracy_columns(correct: Bool[np.ndarray, " texts"], level: float, *, anytime: bool) -> Row:
+    """The share that is right with its interval, which with `anytime` holds whenever one stopped asking."""
+    if anytime:
+        shares = correct.astype(float)
+        low, high = running_interval(Sandwich(shares, shares), level=level)
+    else:
+        low, high = clopper_pearson(int(correct.sum()), len(correct), delta=1 - level)
+    return {"accuracy": float(correct.mean()), "accuracy_low": low, "accuracy_high": high}
+
+
+def _answer_columns(said: Predictions, correct: Bool[np.ndarray, " texts"], level: float, *, anytime: bool) -> Row:
     return {
-        "accuracy": float(correct.mean()),
-        "accuracy_low": low,
-        "accuracy_high": high,
+        **accuracy_columns(correct, level, anytime=anytime),
         "ece": calibration_error(said.probabilities.max(axis=1), correct.astype(float)),
         "label_mass": float(1 - said.other.mean()),
         **_cost_columns(said),
@@ -286,6 +333,14 @@ def _with_random_shots(program: Program) -> Program:
     return replace(program, settings=settings, retriever=index)
 
 
+def _with_shuffled_labels(program: Program) -> Program:
+    """The same texts as shots, and the labels of the pool dealt out among them at random."""
+    data = program.pool.data
+    order = np.random.default_rng(program.settings.seed).permutation(len(data)).tolist()
+    shuffled = replace(data, answers=tuple(data.answers[row] for row in order))
+    return replace(program, pool=encode_pool(program.template, shuffled))
+
+
 def _without_shots(program: Program) -> Program:
     return zero_shot_program(program.labels, program.template.template, model=program.settings.model)
 
@@ -298,6 +353,7 @@ def _vote(program: Program) -> NeighboursVote:
 _ASKED: Mapping[str, Callable[[Program, Backend], PromptedPredictor | NeighboursVote]] = {
     "program": PromptedPredictor,
     "random shots": lambda program, backend: PromptedPredictor(_with_random_shots(program), backend),
+    "shuffled labels": lambda program, backend: PromptedPredictor(_with_shuffled_labels(program), backend),
     "zero shots": lambda program, backend: PromptedPredictor(_without_shots(program), backend),
     "neighbours' vote": lambda program, _: _vote(program),
 }

@@ -353,6 +353,24 @@ def test_evaluate_writes_rows_and_a_report(program: Path, reference: Path, here:
     assert len((here / "rows.jsonl").read_text().splitlines()) == 4
 
 
+def test_evaluate_asks_until_it_is_decided(program: Path, reference: Path, here: Path) -> None:
+    lines = [
+        f"{text} {i},{label}" for i in range(20) for text, label in (("where is it", "track"), ("my card", "card"))
+    ]
+    (here / "many.csv").write_text("\n".join(["text,label", *lines]))
+    asked = ["evaluate", program, "--reference", reference, "--data", "many.csv", "--no-baselines", "--epsilon", 0.999]
+    said = json.loads(done(*asked, "--rows", "rows.jsonl", "--per-query", "gaps.jsonl", "--json"))
+    [row] = said["rows"]
+    assert (row["decision"], row["epsilon"], row["queries_asked"], row["queries_max"]) == ("within", 0.999, 16, 40)
+    assert "Within 0.999: decided after 16 of at most 40 queries, 24 saved." in " ".join(said["verdict"])
+    each = json.loads((here / "gaps.jsonl").read_text())
+    assert len(each["gaps"]) == len(each["correct"]) == 16
+    assert row["gap"] == pytest.approx(sum(each["gaps"]) / 16)
+    assert "16 of at most 40 queries" in " ".join(done("decide", "rows.jsonl", "--epsilon", 0.999).split())
+    result = icl(*asked, "--examples", 6)
+    assert (result.exit_code, "leave --examples out" in result.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("compiled", "data", "said"),
     [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from measured_rows import row
+from measured_rows import VOTE, row
 
 from icl_compiler.cli import main
 
@@ -159,6 +159,30 @@ def test_a_curve_that_is_known(decided):
     (found,) = decided(line(gaps, margin=0.0))
     assert found["answer"] == "within"
     assert any(said.startswith("No curve: standard errors should be above 0") for said in found["sentences"])
+
+
+@pytest.mark.parametrize(
+    ("gap", "within", "closer"), [(0.01, True, True), (0.06, True, False), (0.08, False, False), (0.3, False, False)]
+)
+def test_the_vote_alone_may_do(gap, within, closer, decided):
+    # The prompt is 0.05 +- 0.03.
+    (found,) = decided([FLOOR, *WITHIN, row(VOTE, gap, 0.005 if gap < 0.05 else 0.03)])
+    said = " ".join(found["sentences"])
+    assert ("vote of the nearest neighbours alone is within 0.1" in said) == within
+    assert ("is closer to the reference than the prompt" in said) == closer
+
+
+def test_rows_that_were_asked_in_turn(decided):
+    asked = {"epsilon": 0.1, "decision": "within", "queries_asked": 217, "queries_max": 1000, "n_labels": 5}
+    (found,) = decided([FLOOR, row(gap=0.05, n_examples=64, **asked)], "--epsilon", 0.09)
+    assert found["answer"] == "within"
+    assert any(
+        "Within 0.1: decided after 217 of at most 1,000 queries, 783 saved." in each for each in found["sentences"]
+    )
+    # 6 outcomes, as in the rows: the labels and "other".
+    assert found["without_prior"] == math.ceil(math.log((2**6 - 2) / 0.05) / (2 * 0.09**2))
+    (found,) = decided([row(gap=0.09, n_examples=64, **asked | {"decision": "undecided", "queries_asked": 1000})])
+    assert any("Not decided whether it is within 0.1, after all 1,000 queries." in each for each in found["sentences"])
 
 
 def test_gaps_known_within_bounds_say_so(decided):

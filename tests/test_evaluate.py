@@ -8,7 +8,7 @@ import pytest
 from toys import RoundedEcho, TopEcho, customers
 
 from evaluation.cli import measure_sizes
-from evaluation.evaluate import NOISE_QUERIES, Answers, Evaluation, evaluate
+from evaluation.evaluate import NOISE_QUERIES, Answers, Evaluation, evaluate, predictor_of
 from evaluation.measurement import measurements
 from evaluation.reference.trainer import Reference
 from evaluation.summary import summary_lines
@@ -138,6 +138,20 @@ def test_an_engine_whose_likeliest_tokens_are_all_labels_is_exact(program: Progr
     assert found.warnings == []
     assert all("gap_truncation" not in row for row in found.rows)
     assert [row["gap"] for row in found.rows] == [row["gap"] for row in measured(program, EchoBackend()).rows]
+
+
+def test_shuffled_labels_stand_at_the_same_shots(program: Program) -> None:
+    shuffled = predictor_of("shuffled labels", program, EchoBackend()).program
+    for ours, others in zip(program.prompts(TEXTS), shuffled.prompts(TEXTS), strict=True):
+        assert ours.selection.rows == others.selection.rows
+    before, after = program.pool.data.answers, shuffled.pool.data.answers
+    assert sorted(before) == sorted(after)
+    assert before != after
+    assert [shot.label for shot in shuffled.explain(TEXTS[0]).shots] == [
+        after[row] for row in program.prompts(TEXTS)[0].selection.rows
+    ]
+    [_, row] = measured(program, EchoBackend(), series=("shuffled labels",)).rows
+    assert (row["series"], row["n_labels"]) == ("shuffled labels", 3)
 
 
 @pytest.mark.parametrize(

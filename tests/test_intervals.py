@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import binom, binomtest, bootstrap
 
-from benchmarks.coverage import LAWS, TOYS, paired
+from benchmarks.coverage import LAWS, paired
 from evaluation.intervals import (
     Interval,
     betting,
