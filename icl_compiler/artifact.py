@@ -5,6 +5,7 @@
     pool.jsonl          the demonstrations
     shots.safetensors   their tokens
     index/              the retriever's own files
+    blocks.safetensors  the fixed blocks of shots, of a program that has them
 
 - A folder is written beside its place and renamed: it is there completely or not at all.
 - Nothing in it can run code: no pickle, a sandboxed template, and names of retrievers from our table only.
@@ -26,9 +27,11 @@ from typing import Any, get_args
 
 import numpy as np
 
+from icl_compiler import compile as compiling
 from icl_compiler.compile import load_tokenizer, new_retriever
 from icl_compiler.data import Dataset
 from icl_compiler.errors import ArtifactError
+from icl_compiler.layouts import Blocks, Expected, Layout
 from icl_compiler.program import Pool, Program, Settings
 from icl_compiler.registry import RETRIEVERS
 from icl_compiler.selection import Order
@@ -36,6 +39,7 @@ from icl_compiler.templates import EncodedTemplate, Template
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
+_BLOCKS = ("centres", "rows", "offsets")
 
 
 def save_program(program: Program, folder: Path) -> None:
@@ -61,6 +65,9 @@ def save_program(program: Program, folder: Path) -> None:
         (draft / "pool.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8", newline="\n")
         arrays = {"tokens": program.pool.tokens, "offsets": program.pool.offsets}
         (draft / "shots.safetensors").write_bytes(save(arrays))  # save_file would hide it from all others
+        if program.blocks is not None:
+            blocks = {name: getattr(program.blocks, name) for name in _BLOCKS}
+            (draft / "blocks.safetensors").write_bytes(save(blocks))
         (draft / "index").mkdir()
         program.retriever.save(draft / "index")
         write_manifest(
@@ -70,6 +77,7 @@ def save_program(program: Program, folder: Path) -> None:
                 "task": program.task,
                 "labels": list(program.labels),
                 "settings": asdict(program.settings),
+                "expected": program.expected and program.expected._asdict(),
                 "template": program.template.template.name,
                 "tokenizer": program.template.tokenizer.fingerprint,
                 "pool": {"rows": len(data), "sha256": data.content_hash},
@@ -96,11 +104,12 @@ def _read_program(folder: Path, manifest: dict[str, Any]) -> Program:
     from safetensors.numpy import load_file
 
     settings = Settings(**manifest["settings"])
-    numbers = (settings.shots, settings.budget, settings.seed, settings.per_label)
-    if not all(isinstance(number, int) for number in numbers):
-        raise TypeError("shots, budget, seed and per_label should be whole numbers")
-    if settings.order not in get_args(Order):
-        raise ValueError(f"order should be one of {', '.join(get_args(Order))}, is {settings.order!r}")
+    for name in ("shots", "budget", "seed", "per_label", "clusters", "cache_block"):
+        if not isinstance(getattr(settings, name), int):
+            raise TypeError(f"{name} should be a whole number")
+    for name, choice in (("order", Order), ("layout", Layout)):
+        if (found := getattr(settings, name)) not in get_args(choice):
+            raise ValueError(f"{name} should be one of {', '.join(get_args(choice))}, is {found!r}")
     template = Template(manifest["template"], (folder / "template.jinja").read_text(encoding="utf-8"))
     lines = (folder / "pool.jsonl").read_text(encoding="utf-8").split("\n")
     rows = [json.loads(line) for line in lines if line]
@@ -116,7 +125,22 @@ def _read_program(folder: Path, manifest: dict[str, Any]) -> Program:
     pool = Pool(data, arrays["tokens"].astype(np.int32), arrays["offsets"].astype(np.int64))
     retriever = new_retriever(settings.retriever, encoder=settings.encoder, seed=settings.seed, trusted=False)
     retriever.load(folder / "index")
-    return Program(settings, manifest["task"], encoded, pool, retriever)
+    blocks = _read_blocks(folder, settings, rows=len(rows)) if settings.layout != "per-query" and rows else None
+    expected = Expected(**manifest["expected"]) if manifest.get("expected") else None
+    return Program(settings, manifest["task"], encoded, pool, retriever, blocks, expected)
+
+
+def _read_blocks(folder: Path, settings: Settings, *, rows: int) -> Blocks:
+    from safetensors.numpy import load_file
+
+    arrays = load_file(folder / "blocks.safetensors")
+    centres, of_pool, offsets = (arrays[name] for name in _BLOCKS)
+    begins_and_ends = [*offsets[:1].tolist(), *offsets[-1:].tolist()] == [0, len(of_pool)]
+    if len(offsets) != len(centres) + 1 or not begins_and_ends or (np.diff(offsets) < 0).any():
+        raise ValueError("the blocks do not follow one another")
+    if len(of_pool) and not 0 <= of_pool.min() <= of_pool.max() < rows:
+        raise ValueError(f"a block holds a row that is none of the {rows} of the pool")
+    return Blocks(compiling.named_encoder(settings.encoder), centres, of_pool, offsets)
 
 
 def is_artifact(folder: Path, *, kind: str | None = None) -> bool:

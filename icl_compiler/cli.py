@@ -76,8 +76,9 @@ def show(program: Path, query: str, as_json: bool) -> None:
     shots = counted(len(shown.shots), "shot") + ", in this order" * (len(shown.shots) > 1)
     click.secho(f"\n{shown.tokens:,} tokens of at most {shown.budget:,}; {shots}", bold=True)
     for number, shot in enumerate(shown.shots, start=1):
+        score = f"score {shot.score:.3f}" if shot.rank else "in the block"
         click.echo(
-            f"{number:>4}. score {shot.score:.3f}  {shot.tokens:>3} tokens  {shot.label}\n"
+            f"{number:>4}. {score}  {shot.tokens:>3} tokens  {shot.label}\n"
             f"      {' '.join(shot.text.split())}\n      chosen as {shot.why}; row {shot.row} of the pool"
         )
     for note in shown.notes:

@@ -8,12 +8,16 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
+from jaxtyping import Int64
+
 from icl_compiler.data import Dataset
 from icl_compiler.errors import BudgetError, DataError, RegistryError
+from icl_compiler.layouts import Expected, Layout, computed_tokens, make_blocks
 from icl_compiler.models import cache_folder, locate
 from icl_compiler.program import SAME_FOR_ALL, Program, Settings, encode_pool
 from icl_compiler.registry import RETRIEVERS, resolve
-from icl_compiler.selection import Order
+from icl_compiler.selection import Order, joined
 from icl_compiler.templates import EncodedTemplate, Template
 from icl_compiler.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer
 from retrievers.encoder import SentenceEncoder
@@ -21,6 +25,9 @@ from retrievers.retriever import Resources, Retriever
 
 Notify = Callable[[str], object]
 """Called with a sentence about the pass that begins."""
+
+_USUAL = 0.99  # of the rows are no longer than the room that a block leaves for the query
+_ASKED = 100  # rows whose prompts say what is to be expected
 
 DEFAULT_TEMPLATES = {"classification": "classify", "generation": "generate"}
 
@@ -32,23 +39,31 @@ def compile_program(
     encoder: str = "minilm",
     template: str | None = None,
     retriever: str = "dense",
-    shots: int = 16,
+    shots: int | None = None,
     budget: int = 1024,
     examples: int | None = None,
     seed: int = 0,
     order: Order | None = None,
     per_label: int = 0,
+    layout: Layout = "per-query",
+    clusters: int | None = None,
+    cache_block: int = 16,
+    block_share: float = 0.75,
     notify: Notify | None = None,
 ) -> Program:
     """Make a program of `data` for the frozen `model`.
 
     Args:
         template: name in `prompts/` or path of a Jinja file; by default the plain one for the task.
-        shots: most shots in a prompt; 0 for none.
+        shots: most shots in a prompt; 0 for none. By default 16, and with a fixed block as many as fit.
         budget: most tokens in a prompt, its answer included.
         examples: how many rows of `data` the pool takes (a nested, label-balanced draw); by default all.
         order: of the shots; by default the best last, and best first where all prompts have the same.
         per_label: take candidates in rounds of so many of each label; 0: labels do not matter.
+        layout: whether prompts begin with a fixed block of shots: see `layouts`.
+        clusters: number of blocks of `clustered` and `mixed`; by default half the root of the number of rows.
+        cache_block: tokens of a block of the engine's prefix cache: 16 on vLLM for GPUs, 128 on vLLM for processors.
+        block_share: share of the shots, and of the tokens for them, that the block takes in `mixed`; in (0, 1).
 
     Raises:
         DataError: if `data` has no rows, or fewer than `examples`, or no labels to order shots by.
@@ -56,8 +71,13 @@ def compile_program(
         BudgetError: if not even the instruction fits the budget.
     """
     notify = notify or (lambda _: None)
-    if shots < 0:
+    if shots is not None and shots < 0:
         raise DataError(f"shots should be >= 0, is now {shots}")
+    if cache_block < 1 or (clusters is not None and clusters < 1) or not 0 < block_share < 1:
+        raise DataError(
+            "clusters and cache_block should be >= 1 and block_share lie between 0 and 1, are now "
+            f"{clusters}, {cache_block} and {block_share}"
+        )
     if per_label < 0:
         raise DataError(f"per_label should be >= 0, is now {per_label}")
     if not len(data):
@@ -81,8 +101,67 @@ def compile_program(
     index = new_retriever(retriever, encoder=encoder, seed=seed)
     index.fit(pool_data.texts)
     order = order or ("best-first" if retriever in SAME_FOR_ALL else "best-last")
-    settings = Settings(model, encoder, retriever, shots, budget, order, seed, per_label)
-    return Program(settings, data.task, encoded, pool, index)
+    if shots is None:
+        shots = 16 if layout == "per-query" else budget
+    settings = Settings(
+        model,
+        encoder,
+        retriever,
+        shots,
+        budget,
+        order,
+        seed,
+        per_label,
+        layout,
+        clusters or 0,
+        cache_block,
+        block_share,
+    )
+    return _laid_out(Program(settings, data.task, encoded, pool, index))
+
+
+def _laid_out(program: Program) -> Program:
+    """The program with the blocks that its settings ask for, and what its prompts are expected to cost."""
+    settings, pool = program.settings, program.pool
+    rows, head = len(pool.data), len(program.template.head)
+    tokens = np.diff(pool.offsets)
+    room = settings.budget - head - max((len(word) for word in program.label_words), default=0)
+    blocks = None
+    if settings.layout != "per-query" and rows:
+        share = settings.block_share if settings.layout == "mixed" else 1.0
+        usual = int(np.quantile(tokens, _USUAL, method="higher"))
+        blocks = make_blocks(
+            pool.data.texts,
+            tokens,
+            encoder=named_encoder(settings.encoder),
+            clusters=1 if settings.layout == "shared" else settings.clusters or max(1, round(rows**0.5 / 2)),
+            head=head,
+            room=int(share * (room - min(usual, room // 4))),
+            shots=int(share * settings.shots),
+            cache_block=settings.cache_block,
+            seed=settings.seed,
+        )
+    program = replace(program, blocks=blocks, expected=None)
+    return replace(program, expected=_expected(program, np.flatnonzero(tokens <= room)))
+
+
+def _expected(program: Program, rows: Int64[np.ndarray, " rows"]) -> Expected | None:
+    """The cost of prompts for rows of the pool: some that stand in no block, if there are such."""
+    blocks = program.blocks
+    if blocks is not None and len(free := np.setdiff1d(rows, blocks.rows)):
+        rows = free
+    if not len(rows):
+        return None
+    drawn = np.random.default_rng(program.settings.seed).permutation(rows)[:_ASKED]
+    prompts = [prompt.tokens for prompt in program.prompts([program.pool.data.texts[row] for row in drawn])]
+    head = np.array(program.template.head, dtype=np.int64)
+    held = [head]
+    if blocks is not None:
+        held = [
+            np.append(head, joined(program.pool.tokens, program.pool.offsets, blocks[i])) for i in range(len(blocks))
+        ]
+    computed = computed_tokens(prompts, cache_block=program.settings.cache_block, held=held)
+    return Expected(float(np.mean([len(tokens) for tokens in prompts])), float(computed.mean()))
 
 
 def zero_shot_program(
@@ -110,7 +189,7 @@ def with_pool(program: Program, data: Dataset) -> Program:
         )
     index = new_retriever(program.settings.retriever, encoder=program.settings.encoder, seed=program.settings.seed)
     index.fit(data.texts)
-    return replace(program, pool=encode_pool(program.template, data), retriever=index)
+    return _laid_out(replace(program, pool=encode_pool(program.template, data), retriever=index))
 
 
 def without_rows(program: Program, texts: Collection[str]) -> tuple[Program, int]:

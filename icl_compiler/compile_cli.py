@@ -25,6 +25,7 @@ from icl_compiler.registry import RETRIEVERS
 
 if TYPE_CHECKING:
     from icl_compiler.data import Dataset
+    from icl_compiler.layouts import Layout
     from icl_compiler.program import Program
     from icl_compiler.selection import Order
 
@@ -35,7 +36,12 @@ if TYPE_CHECKING:
     "-o", "--output", type=OutputFolder(), required=True, help="Program to write; one that is there is replaced."
 )
 @model_option
-@click.option("--shots", default=16, type=WholeNumber(min=0), help="Most shots (labelled examples) in a prompt.")
+@click.option(
+    "--shots",
+    type=WholeNumber(min=0),
+    show_default="16; with a fixed block: as many as fit",
+    help="Most shots (labelled examples) in a prompt.",
+)
 @click.option("--budget", default=1024, type=WholeNumber(min=1), help="Most tokens in a prompt, its answer included.")
 @click.option(
     "--retriever",
@@ -65,6 +71,33 @@ if TYPE_CHECKING:
     help="Take shots in rounds of N of each label, so that one label does not fill the prompt. With --retriever "
     "uniform that is a balanced set.",
 )
+@click.option(
+    "--layout",
+    default="per-query",
+    type=click.Choice(["per-query", "shared", "clustered", "mixed"]),
+    help="per-query: each text has shots of its own. The others begin with a fixed block of shots, which a server "
+    "with a prefix cache computes once: one for all (shared), one for each cluster of texts (clustered), or such "
+    "a block and shots of the text's own behind it (mixed).",
+)
+@click.option(
+    "--clusters",
+    type=WholeNumber(min=1),
+    show_default="half the root of the number of rows",
+    help="Blocks of the layouts clustered and mixed. More fit better; each is computed once.",
+)
+@click.option(
+    "--cache-block",
+    default=16,
+    type=WholeNumber(min=1),
+    help="Tokens that the server's prefix cache keeps together: 16 on vLLM for GPUs, 128 on vLLM for processors.",
+)
+@click.option(
+    "--block-share",
+    default=0.75,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="SHARE",
+    help="Share of the shots, and of their tokens, that is the block's in the layout mixed.",
+)
 @template_option
 @click.option(
     "--where",
@@ -91,10 +124,14 @@ def compile_command(
     encoder: str,
     template: str | None,
     retriever: str,
-    shots: int,
+    shots: int | None,
     budget: int,
     order: "Order | None",
     per_label: int | None,
+    layout: "Layout",
+    clusters: int | None,
+    cache_block: int,
+    block_share: float,
     where: tuple[str, ...],
     examples: int | None,
     test: str | None,
@@ -115,6 +152,7 @@ def compile_command(
       icl compile train.csv -o program
       icl compile train.csv -o program --label-column intent --budget 2048
       icl compile train.csv -o program --where lang=de --per-label 2
+      icl compile train.csv -o program --layout clustered --clusters 20
       icl compile hf:ag_news -o program --examples 1000 --test test.csv
     """
     from icl_compiler.artifact import require_replaceable, save_program
@@ -146,6 +184,10 @@ def compile_command(
         seed=seed,
         order=order,
         per_label=per_label or 0,
+        layout=layout,
+        clusters=clusters,
+        cache_block=cache_block,
+        block_share=block_share,
         notify=say if sys.stderr.isatty() else None,
     )
     if too_long := _never_fit(program):
@@ -160,7 +202,10 @@ def compile_command(
         "corrections": corrections,
         "model": model,
         "retriever": retriever,
-        "shots": shots,
+        "shots": program.settings.shots,
+        "layout": layout,
+        "blocks": 0 if program.blocks is None else len(program.blocks),
+        "expected": program.expected and program.expected._asdict(),
         "order": program.settings.order,
         "per_label": per_label or 0,
         "budget": budget,
@@ -173,9 +218,24 @@ def compile_command(
     kind = f"{summary['labels']} labels" if program.labels else "text to text"
     corrected = f" ({counted(corrections, 'correction')} put in)" if from_feedback else ""
     click.echo(
-        f"{output}: {counted(summary['rows'], 'row')}{corrected}, {kind}; {retriever} retrieval of up to {shots} "
-        f"shots (about {summary['tokens_per_shot']:.0f} tokens each) into {budget:,} tokens for {model}"
+        f"{output}: {counted(summary['rows'], 'row')}{corrected}, {kind}; {_shots_in_words(program)} "
+        f"(about {summary['tokens_per_shot']:.0f} tokens each) into {budget:,} tokens for {model}"
     )
+    if program.expected is not None:
+        click.echo(
+            f"a prompt has about {program.expected.prompt_tokens:,.0f} tokens, of which a server with a prefix cache "
+            f"computes {program.expected.computed_tokens:,.0f}"
+        )
+
+
+def _shots_in_words(program: "Program") -> str:
+    settings, blocks = program.settings, program.blocks
+    if blocks is None:
+        return f"{settings.retriever} retrieval of up to {settings.shots} shots"
+    least, most = int(blocks.sizes.min()), int(blocks.sizes.max())
+    sizes = counted(most, "shot") if least == most else f"{least} to {most} shots"
+    one = f"{len(blocks)} fixed blocks of {sizes}" if len(blocks) > 1 else f"one fixed block of {sizes}"
+    return f"{one}, then {settings.retriever} retrieval" if settings.layout == "mixed" else one
 
 
 def _with_feedback(dataset: "Dataset", given: str, output: Path) -> "tuple[Dataset, int]":

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float32, Int32, Int64
 
 from icl_compiler.data import Dataset, normalise_text
 from icl_compiler.errors import BudgetError
+from icl_compiler.layouts import Blocks, Expected, Layout
 from icl_compiler.selection import Order, Selection, arranged, candidates, in_rounds, joined, pack, random_keys
 from icl_compiler.templates import EncodedTemplate
 from retrievers.retriever import Retriever
@@ -36,6 +37,10 @@ class Settings:
         order: of the shots in a prompt.
         seed: of every random choice.
         per_label: candidates are taken in rounds of so many of each label; 0 where labels do not matter.
+        layout: whether prompts begin with a fixed block of shots (see `layouts`).
+        clusters: how many blocks were asked for.
+        cache_block: tokens of a block of the engine's prefix cache.
+        block_share: share of the shots, and of the tokens for them, that the fixed block takes in `mixed`.
     """
 
     model: str
@@ -46,6 +51,10 @@ class Settings:
     order: Order
     seed: int
     per_label: int = 0
+    layout: Layout = "per-query"
+    clusters: int = 0
+    cache_block: int = 16
+    block_share: float = 0.75
 
 
 class Pool(NamedTuple):
@@ -99,6 +108,8 @@ class Program:
     template: EncodedTemplate
     pool: Pool
     retriever: Retriever
+    blocks: Blocks | None = None
+    expected: Expected | None = None
     without_itself: bool = True
     """Whether a row of the pool with the query's own text is left out: always where a program is measured."""
 
@@ -122,10 +133,13 @@ class Program:
             return []
         queries = self.template.queries(texts)
         room = self._room(texts, queries)
+        fixed = self._fixed(texts, room)
+        shots = np.array([self.settings.shots - len(begin.rows) for begin in fixed], dtype=np.int64)
+        room -= [len(begin.tokens) for begin in fixed]
         ids, scores, ranks = self._ranked(texts)
         itself = self._is_itself(ids, texts)
-        shots = np.full(len(texts), self.settings.shots, dtype=np.int64)
-        packed = pack(self._shot_tokens[ids], itself, room=room, shots=shots)
+        barred = itself | self._stands_in(ids, fixed) if self.blocks else itself
+        packed = pack(self._shot_tokens[ids], barred, room=room, shots=shots)
         query, place = packed.taken.nonzero()
         rows = ids[query, place]
         order = arranged(query, place, self.settings.order, **self._keys(texts, rows, query))
@@ -135,14 +149,22 @@ class Program:
         tokens = joined(self.pool.tokens, self.pool.offsets, rows).tolist()
         rows_of, ranks_of, scores_of = (part.tolist() for part in (rows, ranks[query, place], scores[query, place]))
         left_out = (packed.passed & itself).sum(axis=1).tolist()
-        too_long = (packed.passed & ~itself).sum(axis=1).tolist()
+        too_long = (packed.passed & ~barred).sum(axis=1).tolist()
         begins = [0, *ends.tolist()]
         prompts = []
-        for i, words in enumerate(queries):
+        for i, (words, begin) in enumerate(zip(queries, fixed, strict=True)):
             part = slice(begins[i], begins[i + 1])
-            selection = Selection(rows_of[part], ranks_of[part], scores_of[part], too_long[i], left_out[i])
+            none = [0] * len(begin.rows)
+            selection = Selection(
+                [*begin.rows, *rows_of[part]],
+                [*none, *ranks_of[part]],
+                [*map(float, none), *scores_of[part]],
+                too_long[i] + begin.too_long,
+                left_out[i] + begin.itself,
+                len(none),
+            )
             shown = tokens[token_ends[i] : token_ends[i + 1]]
-            prompts.append(Prompt((*self.template.head, *shown, *words), selection))
+            prompts.append(Prompt((*self.template.head, *begin.tokens, *shown, *words), selection))
         return prompts
 
     def explain(self, text: str) -> Explanation:
@@ -151,6 +173,9 @@ class Program:
         chosen = prompt.selection
         meaning = self.retriever.score_meaning
         rows = len(self.pool.data)
+        block = "one of the fixed block"
+        if self.blocks is not None:
+            block += f" {self.blocks.nearest([text])[0] + 1} of {len(self.blocks)}"
         shots = [
             Shot(
                 row,
@@ -159,7 +184,7 @@ class Program:
                 score,
                 rank,
                 int(self._shot_tokens[row]),
-                f"rank {rank} of {rows:,} rows by {self.settings.retriever} ({meaning})",
+                f"rank {rank} of {rows:,} rows by {self.settings.retriever} ({meaning})" if rank else block,
             )
             for row, rank, score in zip(chosen.rows, chosen.ranks, chosen.scores, strict=True)
         ]
@@ -191,6 +216,45 @@ class Program:
             )
         return room
 
+    def _fixed(self, texts: Sequence[str], room: Int64[np.ndarray, " texts"]) -> list["_Beginning"]:
+        """The block that the prompt of each text begins with: without the text itself, and what fits of it."""
+        if self.blocks is None:
+            return [_Beginning([], [], 0, 0)] * len(texts)
+        block_of = self.blocks.nearest(texts)
+        fixed: dict[int, _Beginning] = {}
+        for block in np.unique(block_of).tolist():
+            rows, mine = self.blocks[block], np.flatnonzero(block_of == block)
+            itself = self._is_itself(np.broadcast_to(rows, (len(mine), len(rows))), [texts[i] for i in mine])
+            kinds: dict[tuple[bytes, int], _Beginning] = {}
+            for i, same in zip(mine.tolist(), itself, strict=True):
+                kept = rows[~same]
+                fits = int(np.searchsorted(np.cumsum(self._shot_tokens[kept]), room[i], side="right"))
+                key = same.tobytes(), fits
+                if key not in kinds:
+                    taken = kept[:fits]
+                    tokens = joined(self.pool.tokens, self.pool.offsets, taken).tolist()
+                    kinds[key] = _Beginning(taken.tolist(), tokens, len(kept) - fits, int(same.sum()))
+                fixed[i] = kinds[key]
+        return [fixed[i] for i in range(len(texts))]
+
+    def _stands_in(
+        self, rows: Int64[np.ndarray, "texts candidates"], fixed: Sequence["_Beginning"]
+    ) -> Bool[np.ndarray, "texts candidates"]:
+        """Which of these rows stand in the block of their text already."""
+        return np.array([np.isin(of_text, begin.rows) for of_text, begin in zip(rows, fixed, strict=True)], dtype=bool)
+
+    @cached_property
+    def _shots_per_query(self) -> int:
+        """How many shots are at most chosen for a text, beside those of its block."""
+        if self.blocks is None:
+            return self.settings.shots
+        if self.settings.layout != "mixed" or not len(self.pool.data):
+            return 0
+        tokens = [int(self._shot_tokens[self.blocks[block]].sum()) for block in range(len(self.blocks))]
+        room = self.settings.budget - len(self.template.head) - self._longest_answer - min(tokens)
+        most = room // int(self._shot_tokens.min())
+        return max(0, min(self.settings.shots - int(self.blocks.sizes.min()), most))
+
     def _ranked(
         self, texts: Sequence[str]
     ) -> tuple[
@@ -200,7 +264,9 @@ class Program:
     ]:
         """Candidates for each text in the order in which they are tried, their scores, and the retriever's ranks."""
         rows, per_label = len(self.pool.data), self.settings.per_label
-        k = candidates(self.settings.shots, rows, per_label=per_label)
+        k = candidates(self._shots_per_query, rows, per_label=per_label)
+        if k and self.blocks is not None:
+            k = min(rows, k + int(self.blocks.sizes.max()))
         if not k:
             nothing = np.empty((len(texts), 0), dtype=np.int64)
             return nothing, nothing.astype(np.float32), nothing
@@ -251,6 +317,15 @@ class Program:
     @cached_property
     def _longest_answer(self) -> int:
         return max((len(word) for word in self.label_words), default=0)
+
+
+class _Beginning(NamedTuple):
+    """What stands of a fixed block in one prompt."""
+
+    rows: list[int]
+    tokens: list[int]
+    too_long: int
+    itself: int
 
 
 def encode_pool(template: EncodedTemplate, data: Dataset) -> Pool:

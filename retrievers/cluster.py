@@ -72,9 +72,9 @@ class Cluster:
 
 
 def k_means(
-    vectors: Float32[np.ndarray, "rows width"], *, seed: int
+    vectors: Float32[np.ndarray, "rows width"], *, seed: int, clusters: int | None = None
 ) -> tuple[Float32[np.ndarray, "clusters width"], Int64[np.ndarray, " rows"]]:
-    """The centres of √rows clusters, each of length 1, and for each row the cluster whose centre is nearest."""
+    """The centres of `clusters`, by default √rows, each of length 1, and for each row that whose centre is nearest."""
     import faiss
 
     rows, width = vectors.shape
@@ -82,7 +82,7 @@ def k_means(
         return np.empty((0, width), dtype=np.float32), np.empty(0, dtype=np.int64)
     clustering: Any = faiss.Kmeans(
         width,
-        max(1, round(rows**0.5)),
+        max(1, round(rows**0.5)) if clusters is None else clusters,
         niter=_ITERATIONS,
         spherical=True,
         seed=seed % 2**31,
@@ -90,6 +90,6 @@ def k_means(
     )
     with one_thread():
         clustering.train(vectors)
-        clusters = clustering.assign(vectors)[1]
+        assigned = clustering.assign(vectors)[1]
     centres: Float32[np.ndarray, "clusters width"] = clustering.centroids
-    return centres, clusters
+    return centres, assigned

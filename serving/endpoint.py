@@ -110,7 +110,7 @@ class _Watch(NamedTuple):
     def observe(self, edition: Edition, prompt: Prompt, probabilities: Float[np.ndarray, " labels"]) -> None:
         """Look for drift; `probabilities` of none where a text is generated."""
         if edition.version == self.version:  # else the request began before the version changed
-            self.monitor.observe(max(prompt.selection.scores, default=None), probabilities)
+            self.monitor.observe(max(prompt.selection.scores[prompt.selection.fixed :], default=None), probabilities)
 
     def compare(self, edition: Edition, text: str, answer: Labelled) -> None:
         """Ask the reference too, if the query is in its sample."""

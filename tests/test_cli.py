@@ -124,6 +124,18 @@ def test_compile_takes_rows_and_orders_shots_as_asked(here: Path) -> None:
     assert (loaded.settings.order, loaded.settings.per_label) == ("by-label", 1)
 
 
+def test_compile_says_what_a_block_is_and_what_prompts_cost() -> None:
+    asked = ("--model", "echo", "--retriever", "bm25", "--encoder", "none", "--layout", "shared", "--shots", 3)
+    refused = icl("compile", "train.csv", "-o", "program", *asked)
+    assert (refused.exit_code, "there is no model 'none'" in refused.stderr) == (1, True)
+    said = done("compile", "train.csv", "-o", "program", "--model", "echo", "--retriever", "bm25", "--shots", 3)
+    cost = load_program(Path("program")).expected
+    assert said.endswith(
+        f"a prompt has about {cost.prompt_tokens:,.0f} tokens, of which a server with a prefix cache computes "
+        f"{cost.computed_tokens:,.0f}\n"
+    )
+
+
 def test_compile_as_json() -> None:
     said = json.loads(done("compile", "train.csv", "-o", "p", "--model", "echo", "--retriever", "bm25", "--json"))
     assert said["program"] == "p"
