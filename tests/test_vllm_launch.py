@@ -96,6 +96,14 @@ def is_running(process: int) -> bool:
     return state != "Z"
 
 
+def ends(process: int) -> bool:
+    """Whether a process that was killed is gone: on a busy machine that takes a moment."""
+    deadline = time.monotonic() + 20
+    while is_running(process) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not is_running(process)
+
+
 def test_command_on_a_gpu() -> None:
     command = serve_command("org/model", "org/model", port=8001, flags=["--tensor-parallel-size", "2"], cpu=False)
     assert command[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", "org/model"]
@@ -166,7 +174,7 @@ def test_stopping_ends_the_workers_too_and_removes_the_log(pretend: pytest.Monke
     server.wait_until_ready()
     assert is_running(worker)
     server.stop()
-    assert not is_running(worker)
+    assert ends(worker)
     assert not server.log.exists()
 
 
@@ -311,5 +319,5 @@ main(["vllm", {model!r}, "--port", "{port}"])
     _, said = child.communicate(timeout=20)
     assert child.returncode == 0
     assert said.splitlines()[-1] == "stopped"
-    assert not is_running(worker)
+    assert ends(worker)
     assert not log.exists()
