@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from icl_compiler.backends.backend import Progress, Usage
+from icl_compiler.calibration.votes import Vote, law_of_votes, voters_of
 from icl_compiler.compile import new_retriever
 from icl_compiler.data import Dataset, normalise_text
 from icl_compiler.predictor import Predictions
@@ -37,12 +38,12 @@ class NeighboursVote:
         """The share of each label among the neighbours of each text."""
         started = time.perf_counter()
         hits = self._retriever.search(texts, self._k + 1)
-        laws = np.zeros((len(texts), len(self.labels)))
-        for i, text in enumerate(texts):
-            query = normalise_text(text)
-            voters = [row for row in hits.ids[i].tolist() if self._texts[row] != query][: self._k]
-            if voters:
-                laws[i] = np.bincount(self._answers[voters], minlength=len(self.labels)) / len(voters)
+        queries = [normalise_text(text) for text in texts]
+        same = [
+            [self._texts[row] == query for row in ids] for query, ids in zip(queries, hits.ids.tolist(), strict=True)
+        ]
+        is_query = np.array(same, dtype=bool).reshape(hits.ids.shape)
+        laws = law_of_votes(voters_of(hits, self._answers, is_query), Vote(self._k), len(self.labels))
         if progress is not None:
             progress(len(texts))
         nothing = np.zeros(len(texts), dtype=np.int64)

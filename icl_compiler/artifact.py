@@ -6,9 +6,12 @@
     shots.safetensors   their tokens
     index/              the retriever's own files
     blocks.safetensors  the fixed blocks of shots, of a program that has them
+    calibration.safetensors   the calibration's offsets and anchors, where it has some
+    voters/             a dense index, where votes are counted and the retriever is another one
 
 - A folder is written beside its place and renamed: it is there completely or not at all.
-- Nothing in it can run code: no pickle, a sandboxed template, and names of retrievers from our table only.
+- Nothing in it can run code: no pickle, a sandboxed template, and names of retrievers and calibrations from our tables
+  only.
 - The same program gives the same bytes: no dates, no paths, no order of hashing.
 """
 
@@ -28,16 +31,18 @@ from typing import Any, get_args
 import numpy as np
 
 from icl_compiler import compile as compiling
+from icl_compiler.calibration.storage import arrays_of, calibration_from, numbers_of
 from icl_compiler.compile import load_tokenizer, new_retriever
 from icl_compiler.data import Dataset
 from icl_compiler.errors import ArtifactError
 from icl_compiler.layouts import Blocks, Expected, Layout
 from icl_compiler.program import Pool, Program, Settings
-from icl_compiler.registry import RETRIEVERS
+from icl_compiler.registry import CALIBRATIONS, RETRIEVERS
 from icl_compiler.selection import Order
 from icl_compiler.templates import EncodedTemplate, Template
 
-FORMAT = 1
+FORMAT = 2
+"""2: a program may be calibrated. Programs of format 1 are not, and load."""
 _MANIFEST = "manifest.json"
 _BLOCKS = ("centres", "rows", "offsets")
 
@@ -47,11 +52,16 @@ def save_program(program: Program, folder: Path) -> None:
 
     Raises:
         ArtifactError: if `folder` exists and is not a program, or cannot be written, or if the program could not be
-            loaded again because its retriever stands in no table.
+            loaded again because its retriever or its calibration stands in no table.
     """
     from safetensors.numpy import save
 
     require_replaceable(folder, kind="program")
+    if program.calibration.method not in CALIBRATIONS:
+        raise ArtifactError(
+            f"a program on disk names a calibration of the table, and {program.calibration.method!r} stands in none; "
+            "add it to CALIBRATIONS in icl_compiler/registry.py"
+        )
     if program.settings.retriever not in RETRIEVERS:
         raise ArtifactError(
             f"a program on disk names a retriever of the table, and {program.settings.retriever!r} stands in none; "
@@ -70,6 +80,11 @@ def save_program(program: Program, folder: Path) -> None:
             (draft / "blocks.safetensors").write_bytes(save(blocks))
         (draft / "index").mkdir()
         program.retriever.save(draft / "index")
+        if program.voters is not None:
+            (draft / "voters").mkdir()
+            program.voters.save(draft / "voters")
+        if kept := arrays_of(program.calibration):
+            (draft / "calibration.safetensors").write_bytes(save(kept))
         write_manifest(
             draft,
             {
@@ -81,6 +96,7 @@ def save_program(program: Program, folder: Path) -> None:
                 "template": program.template.template.name,
                 "tokenizer": program.template.tokenizer.fingerprint,
                 "pool": {"rows": len(data), "sha256": data.content_hash},
+                "calibration": numbers_of(program.calibration),
             },
         )
 
@@ -127,7 +143,23 @@ def _read_program(folder: Path, manifest: dict[str, Any]) -> Program:
     retriever.load(folder / "index")
     blocks = _read_blocks(folder, settings, rows=len(rows)) if settings.layout != "per-query" and rows else None
     expected = Expected(**manifest["expected"]) if manifest.get("expected") else None
-    return Program(settings, manifest["task"], encoded, pool, retriever, blocks, expected)
+    kept = folder / "calibration.safetensors"
+    calibration = calibration_from(
+        manifest.get("calibration", {"method": "none"}),  # format 1 has none
+        load_file(kept) if kept.name in manifest["files"] else {},
+        rows=len(data),
+        labels=len(encoded.labels),
+    )
+    voters = None
+    if any(name.startswith("voters/") for name in manifest["files"]):
+        voters = new_retriever("dense", encoder=settings.encoder, seed=settings.seed)
+        voters.load(folder / "voters")
+    program = Program(
+        settings, manifest["task"], encoded, pool, retriever, blocks, expected, calibration=calibration, voters=voters
+    )
+    if calibration.neighbours and program.dense is None:
+        raise ValueError("the calibration counts votes of neighbours, and there is no index that finds them")
+    return program
 
 
 def _read_blocks(folder: Path, settings: Settings, *, rows: int) -> Blocks:

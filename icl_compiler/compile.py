@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 from jaxtyping import Int64
 
+from icl_compiler.calibration.law import NO_CALIBRATION, Calibration
 from icl_compiler.data import Dataset
 from icl_compiler.errors import BudgetError, DataError, RegistryError
 from icl_compiler.layouts import Expected, Layout, computed_tokens, make_blocks
@@ -189,7 +190,21 @@ def with_pool(program: Program, data: Dataset) -> Program:
         )
     index = new_retriever(program.settings.retriever, encoder=program.settings.encoder, seed=program.settings.seed)
     index.fit(data.texts)
-    return _laid_out(replace(program, pool=encode_pool(program.template, data), retriever=index))
+    place = {text: row for row, text in enumerate(data.texts)}
+    places = np.array([place.get(text, -1) for text in program.pool.data.texts], dtype=np.int64)
+    bare = replace(program, pool=encode_pool(program.template, data), retriever=index)
+    bare = replace(bare, voters=None, calibration=NO_CALIBRATION)
+    return with_calibration(_laid_out(bare), program.calibration.moved(places))
+
+
+def with_calibration(program: Program, calibration: Calibration) -> Program:
+    """The program with another calibration, and with a dense index of its pool if that counts votes and it has none."""
+    program = replace(program, calibration=calibration)
+    if not calibration.neighbours or program.dense is not None:
+        return program
+    voters = new_retriever("dense", encoder=program.settings.encoder, seed=program.settings.seed)
+    voters.fit(program.pool.data.texts)
+    return replace(program, voters=voters)
 
 
 def without_rows(program: Program, texts: Collection[str]) -> tuple[Program, int]:

@@ -162,9 +162,14 @@ def _with_rows(program: Program, new: Sequence[tuple[str, str]]) -> Program:
     settings = program.settings
     retriever = new_retriever(settings.retriever, encoder=settings.encoder, seed=settings.seed)
     found: Retriever = retriever
+    voters = program.voters
     if isinstance(program.retriever, Dense):
         retriever.fit(texts)
         found = Joined(program.retriever, retriever, rows=len(data))
     else:
         retriever.fit(whole.texts)
-    return replace(program, pool=pool, retriever=found)
+    if voters is not None:
+        more_voters = new_retriever("dense", encoder=settings.encoder, seed=settings.seed)
+        more_voters.fit(texts)
+        voters = Joined(voters, more_voters, rows=len(data))
+    return replace(program, pool=pool, retriever=found, voters=voters)

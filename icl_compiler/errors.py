@@ -6,6 +6,7 @@
     │   └── ColumnError           the column is not there (names those that are)
     ├── LabelError                labels that cannot serve as outcomes (one only, prefixes, unknown)
     ├── TemplateError             a template that does not render, or lacks a part
+    ├── CalibrationError          held-out queries that a calibration cannot be fitted to
     ├── BudgetError               the instruction and the query alone exceed the token budget
     ├── ModelError                a model that cannot be found, loaded or used
     │   └── ContextLengthError    a prompt longer than the model's context
@@ -45,6 +46,10 @@ class LabelError(ICLError):
 
 class TemplateError(ICLError):
     """A template that does not render, or lacks a part."""
+
+
+class CalibrationError(ICLError):
+    """Held-out queries that a calibration cannot be fitted to."""
 
 
 class BudgetError(ICLError):

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from icl_compiler.backends.backend import Backend, Progress, Usage
+from icl_compiler.calibration.law import NO_CALIBRATION, Evidence
 from icl_compiler.errors import LabelError, RegistryError
 from icl_compiler.program import Program
 from icl_compiler.registry import BACKENDS, resolve
@@ -25,6 +26,7 @@ class Predictions(NamedTuple):
         usage: tokens computed and forward passes, over all texts.
         seconds: wall time, making the prompts included.
         upper: upper bounds on the probabilities, from an engine that gives only its likeliest tokens; else `None`.
+        uncalibrated: the same without the program's calibration, where it has one.
     """
 
     labels: tuple[str, ...]
@@ -33,6 +35,7 @@ class Predictions(NamedTuple):
     usage: Usage
     seconds: float
     upper: Float[np.ndarray, "texts labels"] | None = None
+    uncalibrated: "Predictions | None" = None
 
     @property
     def best(self) -> Int64[np.ndarray, " texts"]:
@@ -55,6 +58,7 @@ def joined(parts: Sequence[Predictions]) -> Predictions:
     uppers = None
     if any(part.upper is not None for part in parts):
         uppers = np.concatenate([part.probabilities if part.upper is None else part.upper for part in parts])
+    raw = [part.uncalibrated for part in parts if part.uncalibrated is not None]
     return Predictions(
         parts[0].labels,
         np.concatenate([part.probabilities for part in parts]),
@@ -62,6 +66,7 @@ def joined(parts: Sequence[Predictions]) -> Predictions:
         reduce(Usage.plus, [part.usage for part in parts]),
         sum(part.seconds for part in parts),
         uppers,
+        joined(raw) if len(raw) == len(parts) else None,
     )
 
 
@@ -79,7 +84,7 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class PromptedPredictor:
-    """A program on a backend: the frozen model's own law, at temperature 1."""
+    """A program on a backend: the frozen model's own law, at temperature 1, calibrated as the program says."""
 
     program: Program
     backend: Backend
@@ -102,14 +107,14 @@ class PromptedPredictor:
         scores = self.backend.label_logprobs(
             [prompt.tokens for prompt in prompts], self.program.label_words, progress=progress
         )
-        return Predictions(
-            self.labels,
-            np.exp(scores.logprobs),
-            np.array([len(prompt.tokens) for prompt in prompts], dtype=np.int64),
-            scores.usage,
-            time.perf_counter() - started,
-            None if scores.upper is None else np.minimum(np.exp(scores.upper), 1.0),
-        )
+        raw = NO_CALIBRATION.law(Evidence(scores.logprobs, scores.upper))
+        tokens = np.array([len(prompt.tokens) for prompt in prompts], dtype=np.int64)
+        law = self.program.law(prompts, scores.logprobs, scores.upper)
+        seconds = time.perf_counter() - started
+        said = Predictions(self.labels, law.probabilities, tokens, scores.usage, seconds, law.upper)
+        if self.program.calibration.method == "none":
+            return said
+        return said._replace(uncalibrated=said._replace(probabilities=raw.probabilities, upper=raw.upper))
 
 
 def open_backend(

@@ -11,17 +11,22 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Int64
+from jaxtyping import Bool, Float, Float32, Int32, Int64
 
+from icl_compiler.calibration.law import NO_CALIBRATION, Calibration, Evidence, Law
+from icl_compiler.calibration.votes import Voters, voters_of
 from icl_compiler.data import Dataset, normalise_text
 from icl_compiler.errors import BudgetError
 from icl_compiler.layouts import Blocks, Expected, Layout
 from icl_compiler.selection import Order, Selection, arranged, candidates, in_rounds, joined, pack, random_keys
 from icl_compiler.templates import EncodedTemplate
-from retrievers.retriever import Retriever
+from retrievers.dense import Dense
+from retrievers.joined import Joined
+from retrievers.retriever import Hits, Retriever
 
 SAME_FOR_ALL = ("uniform", "votek")
 """Retrievers that find the same rows for every text."""
+_SPARE = 8  # rows more than vote, of which some may be the query itself
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ class Prompt(NamedTuple):
 
     tokens: tuple[int, ...]
     selection: Selection
+    voters: Voters | None = None
+    """Of this query, where the program's calibration counts votes."""
 
 
 class Shot(NamedTuple):
@@ -112,6 +119,10 @@ class Program:
     expected: Expected | None = None
     without_itself: bool = True
     """Whether a row of the pool with the query's own text is left out: always where a program is measured."""
+    calibration: Calibration = NO_CALIBRATION
+    """From the model's log-probabilities of the labels to the answer's law."""
+    voters: Retriever | None = None
+    """A dense index of the pool, where votes are counted and `retriever` is another one."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -136,7 +147,8 @@ class Program:
         fixed = self._fixed(texts, room)
         shots = np.array([self.settings.shots - len(begin.rows) for begin in fixed], dtype=np.int64)
         room -= [len(begin.tokens) for begin in fixed]
-        ids, scores, ranks = self._ranked(texts)
+        hits, near = self._search(texts)
+        ids, scores, ranks = self._ranked(texts, hits)
         itself = self._is_itself(ids, texts)
         barred = itself | self._stands_in(ids, fixed) if self.blocks else itself
         packed = pack(self._shot_tokens[ids], barred, room=room, shots=shots)
@@ -151,6 +163,7 @@ class Program:
         left_out = (packed.passed & itself).sum(axis=1).tolist()
         too_long = (packed.passed & ~barred).sum(axis=1).tolist()
         begins = [0, *ends.tolist()]
+        voters = self._voters(texts, near)
         prompts = []
         for i, (words, begin) in enumerate(zip(queries, fixed, strict=True)):
             part = slice(begins[i], begins[i + 1])
@@ -164,8 +177,29 @@ class Program:
                 len(none),
             )
             shown = tokens[token_ends[i] : token_ends[i + 1]]
-            prompts.append(Prompt((*self.template.head, *begin.tokens, *shown, *words), selection))
+            written = (*self.template.head, *begin.tokens, *shown, *words)
+            prompts.append(Prompt(written, selection, voters and voters.take(np.array([i]))))
         return prompts
+
+    def around(self, prompt: Prompt, text: str) -> tuple[int, ...]:
+        """The tokens of `prompt`, with `text` for its query."""
+        [query] = self.template.queries([text])
+        shots = joined(self.pool.tokens, self.pool.offsets, np.array(prompt.selection.rows, dtype=np.int64))
+        return (*self.template.head, *shots.tolist(), *query)
+
+    def law(
+        self,
+        prompts: Sequence[Prompt],
+        logprobs: Float[np.ndarray, "prompts labels"],
+        upper: Float[np.ndarray, "prompts labels"] | None = None,
+    ) -> Law:
+        """The calibrated law of the answers to `prompts`, from what the model says of the labels.
+
+        Args:
+            logprobs: of the label words, in nats; lower bounds where `upper` is given.
+        """
+        given = [prompt.voters for prompt in prompts if prompt.voters is not None]
+        return self.calibration.law(Evidence(logprobs, upper, Voters.joined(given) if given else None))
 
     def explain(self, text: str) -> Explanation:
         """The prompt for `text`, with each shot, its score, its tokens, and why it was chosen."""
@@ -193,10 +227,49 @@ class Program:
             notes.append(f"{chosen.itself} row of the pool was left out because it is the query itself")
         if chosen.too_long:
             notes.append(f"{chosen.too_long} candidates were skipped because they did not fit the budget any more")
+        if self.calibration.method != "none":
+            notes.append(f"probabilities are calibrated: {self.calibration.describe()}")
         if len(shots) < self.settings.shots:
             notes.append(f"{len(shots)} of at most {self.settings.shots} shots: no more fit, or there are no more")
         decoded = self.template.tokenizer.decode(prompt.tokens)
         return Explanation(text, decoded, len(prompt.tokens), self.settings.budget, shots, notes)
+
+    @property
+    def dense(self) -> Retriever | None:
+        """What finds the rows that are near in meaning, if the program has such an index."""
+        return self.retriever if isinstance(self.retriever, Dense | Joined) else self.voters
+
+    def _search(self, texts: Sequence[str]) -> tuple[Hits, Hits]:
+        """The candidates for shots as the retriever ranks them, and for votes; of one search where that gives both."""
+        k, voters = self._candidates, self.calibration.neighbours
+        voters += _SPARE if voters else 0
+        near = hits = Hits(np.empty((len(texts), 0), dtype=np.int64), np.empty((len(texts), 0), dtype=np.float32))
+        if voters and self.dense is self.retriever:
+            both = self.retriever.search(texts, max(k, voters))
+            return both.best(k), both.best(voters)
+        if voters and self.dense is not None:
+            near = self.dense.search(texts, voters)
+        if k:
+            same = self.settings.retriever in SAME_FOR_ALL
+            most = len(self.pool.data) if same and self.settings.per_label else k
+            hits = self.retriever.search([""] if same else texts, most)
+        return hits, near
+
+    @cached_property
+    def _candidates(self) -> int:
+        """How many rows are found for the shots of a text."""
+        rows = len(self.pool.data)
+        k = candidates(self._shots_per_query, rows, per_label=self.settings.per_label)
+        return min(rows, k + int(self.blocks.sizes.max())) if k and self.blocks is not None else k
+
+    def _voters(self, texts: Sequence[str], near: Hits) -> Voters | None:
+        """Who may vote on each text: the rows near in meaning, or the anchors of the calibration."""
+        if self.calibration.vote is None:
+            return None
+        if self.calibration.anchors is not None:
+            anchors = np.broadcast_to(self.calibration.anchors.rows, (len(texts), len(self.calibration.anchors.rows)))
+            near = Hits(anchors, np.zeros(anchors.shape, dtype=np.float32))
+        return voters_of(near, self._label_of_row, self._is_itself(near.ids, texts))
 
     @cached_property
     def _shot_tokens(self) -> Int64[np.ndarray, " rows"]:
@@ -256,25 +329,17 @@ class Program:
         return max(0, min(self.settings.shots - int(self.blocks.sizes.min()), most))
 
     def _ranked(
-        self, texts: Sequence[str]
+        self, texts: Sequence[str], hits: Hits
     ) -> tuple[
         Int64[np.ndarray, "texts candidates"],
         Float32[np.ndarray, "texts candidates"],
         Int64[np.ndarray, "texts candidates"],
     ]:
         """Candidates for each text in the order in which they are tried, their scores, and the retriever's ranks."""
-        rows, per_label = len(self.pool.data), self.settings.per_label
-        k = candidates(self._shots_per_query, rows, per_label=per_label)
-        if k and self.blocks is not None:
-            k = min(rows, k + int(self.blocks.sizes.max()))
-        if not k:
-            nothing = np.empty((len(texts), 0), dtype=np.int64)
-            return nothing, nothing.astype(np.float32), nothing
-        same = self.settings.retriever in SAME_FOR_ALL
-        ids, scores = self.retriever.search([""] if same else texts, rows if same and per_label else k)
+        ids, scores = hits
         ranks = np.broadcast_to(np.arange(1, ids.shape[1] + 1), ids.shape)
-        if per_label:
-            order = in_rounds(self._label_of_row[ids], per_label)[:, :k]
+        if per_label := self.settings.per_label:
+            order = in_rounds(self._label_of_row[ids], per_label)[:, : self._candidates]
             ids, scores, ranks = (np.take_along_axis(each, order, axis=1) for each in (ids, scores, ranks))
         shape = len(texts), ids.shape[1]
         return np.broadcast_to(ids, shape), np.broadcast_to(scores, shape), np.broadcast_to(ranks, shape)

@@ -23,6 +23,19 @@ RETRIEVERS: Mapping[str, str] = {
     "cluster": "retrievers.cluster:Cluster",
     "votek": "retrievers.votek:VoteK",
 }
+CALIBRATIONS: Mapping[str, str] = {  # the simplest first: of those that are equally good, it is chosen
+    "none": "icl_compiler.calibration.methods:none",
+    "normalise": "icl_compiler.calibration.methods:normalise",
+    "temperature": "icl_compiler.calibration.methods:temperature",
+    "batch": "icl_compiler.calibration.methods:batch",
+    "pmi": "icl_compiler.calibration.methods:pmi",
+    "contextual": "icl_compiler.calibration.methods:contextual",
+    "domain-context": "icl_compiler.calibration.methods:domain_context",
+    "bias": "icl_compiler.calibration.methods:bias",
+    "mixture": "icl_compiler.calibration.methods:mixture",
+    "product": "icl_compiler.calibration.methods:product",
+    "knn": "icl_compiler.calibration.methods:knn",
+}
 BACKENDS: Mapping[str, str] = {
     "transformers": "icl_compiler.backends.hf_transformers:TransformersBackend",
     "vllm_offline": "icl_compiler.backends.vllm_offline:VLLMOfflineBackend",

@@ -20,6 +20,10 @@ class Hits(NamedTuple):
     ids: Int64[np.ndarray, "queries k"]
     scores: Float32[np.ndarray, "queries k"]
 
+    def best(self, k: int) -> "Hits":
+        """The first `k` of each query."""
+        return Hits(self.ids[:, :k], self.scores[:, :k])
+
 
 @runtime_checkable
 class Encoder(Protocol):

@@ -1,0 +1,134 @@
+"""Calibrate a program: ask the model about rows of its pool, fit, choose. The only part that runs a model.
+
+It costs one prompt for each held-out query, 21 more for each of `contextual` and `domain-context`, one for `pmi`; what
+a query costs later does not change, but for the search of its voters.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from icl_compiler.backends.backend import Backend, LabelScores, Progress
+from icl_compiler.calibration.choosing import Choice, fit_and_choose
+from icl_compiler.calibration.held_out import HeldOut
+from icl_compiler.calibration.law import Calibration, Evidence, softmax
+from icl_compiler.calibration.methods import MOST_VOTERS
+from icl_compiler.calibration.votes import Vote, Voters
+from icl_compiler.compile import with_calibration
+from icl_compiler.errors import LabelError
+from icl_compiler.predictor import Predictor
+from icl_compiler.program import Program, Prompt
+from icl_compiler.registry import CALIBRATIONS
+from icl_compiler.tokenizer import TokenIds
+
+QUERIES = 200
+"""Held-out queries, if nothing else is said."""
+_PRIOR_PROMPTS = 21
+_CONTENT_FREE = ("N/A", "[MASK]", "")
+_WITH_VOTERS = ("mixture", "product")
+
+
+def calibrate(
+    program: Program,
+    backend: Backend,
+    *,
+    queries: int = QUERIES,
+    candidates: Sequence[str] | None = None,
+    reference: Predictor | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Program, Choice]:
+    """The program with the calibration of lowest held-out risk among `candidates` (default: all), and why it is that.
+
+    Args:
+        queries: how many rows of the pool are asked, drawn uniformly; all where there are fewer.
+        reference: whose law is to be approximated; without one, the right labels are.
+
+    Raises:
+        LabelError: if the program generates text, or the reference has other labels.
+        CalibrationError: if there are too few rows.
+    """
+    held_out = score_held_out(
+        program, backend, queries=queries, candidates=candidates, reference=reference, seed=seed, progress=progress
+    )
+    choice = fit_and_choose(held_out, candidates)
+    return with_calibration(program, choice.calibration), choice
+
+
+def score_held_out(
+    program: Program,
+    backend: Backend,
+    *,
+    queries: int = QUERIES,
+    candidates: Sequence[str] | None = None,
+    reference: Predictor | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> HeldOut:
+    """Ask the model, and the reference if there is one, about rows of the pool; see `calibrate`."""
+    if program.task != "classification":
+        raise LabelError("this program generates text, it has no labels whose probabilities could be calibrated")
+    if reference is not None and set(reference.labels) != set(program.labels):
+        raise LabelError(
+            "the reference has other labels than the program; calibrate against one trained on the same data"
+        )
+    names = tuple(CALIBRATIONS) if candidates is None else tuple(candidates)
+    draw = np.random.default_rng(seed)
+    count = min(queries, len(program.pool.data))
+    rows = np.sort(draw.choice(len(program.pool.data), size=count, replace=False))
+    texts = [program.pool.data.texts[row] for row in rows.tolist()]
+    asked = with_voters(program) if set(names) & set(_WITH_VOTERS) else program
+    prompts = asked.prompts(texts)
+    extra = {name: _prior_prompts(name, program, prompts, texts, draw) for name in names}
+    every = [prompt.tokens for prompt in prompts] + [tokens for some in extra.values() for tokens in some]
+    scores = backend.label_logprobs(every, program.label_words, progress=progress)
+    laws = softmax(Evidence(scores.logprobs, scores.upper).middle)[count:]
+    priors, start = {}, 0
+    for name, some in extra.items():
+        if some:
+            priors[name] = laws[start : start + len(some)].mean(axis=0)
+        start += len(some)
+    of_reference = None
+    if reference is not None:
+        said = reference.predict(texts)
+        of_reference = said.probabilities[:, [said.labels.index(label) for label in program.labels]]
+    found = held_out_of(asked, rows.tolist(), prompts, scores)
+    return HeldOut(found.rows, found.labels, found.evidence, priors, of_reference, scores.usage)
+
+
+def with_voters(program: Program) -> Program:
+    """The program, whose prompts bring all voters that a calibration may want; a dense index is made where none is."""
+    return with_calibration(program, Calibration("mixture", vote=Vote(MOST_VOTERS)))
+
+
+def held_out_of(program: Program, rows: Sequence[int], prompts: Sequence[Prompt], scores: LabelScores) -> HeldOut:
+    """Held-out queries from what is there already: the prompts for these rows of the pool, and their first scores.
+
+    The votes are known if the prompts are of `with_voters(program)`.
+    """
+    number = {label: i for i, label in enumerate(program.labels)}
+    labels = np.array([number[program.pool.data.answers[row]] for row in rows], dtype=np.int64)
+    given = [prompt.voters for prompt in prompts if prompt.voters is not None]
+    voters = Voters.joined(given) if given else None
+    upper = None if scores.upper is None else scores.upper[: len(rows)]
+    evidence = Evidence(scores.logprobs[: len(rows)], upper, voters)
+    return HeldOut(np.array(rows, dtype=np.int64), labels, evidence, usage=scores.usage)
+
+
+def _prior_prompts(
+    name: str, program: Program, prompts: Sequence[Prompt], texts: Sequence[str], draw: np.random.Generator
+) -> list[TokenIds]:
+    """The prompts that say what the model answers whatever the query."""
+    if name == "pmi":
+        [query] = program.template.queries([""])
+        return [(*program.template.head, *query)]
+    if name not in ("contextual", "domain-context"):
+        return []
+    words = [word for text in program.pool.data.texts for word in text.split()] or [""]
+    found: list[TokenIds] = []
+    for place in np.linspace(0, len(prompts) - 1, min(_PRIOR_PROMPTS, len(prompts))).astype(int).tolist():
+        length = max(1, len(texts[place].split()))
+        random = " ".join(words[i] for i in draw.integers(len(words), size=length).tolist())
+        text = random if name == "domain-context" else _CONTENT_FREE[len(found) % len(_CONTENT_FREE)]
+        found.append(program.around(prompts[place], text))
+    return found

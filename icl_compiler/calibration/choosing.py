@@ -1,0 +1,142 @@
+"""Which calibration: every candidate is fitted, and compared by its risk on queries that it was not fitted to.
+
+- The risk is the log-loss of the right labels; where a reference was asked, the total variation to its law.
+- Five folds: what a candidate says of a query is fitted without this query. Of a candidate's variants that with the
+  lowest risk counts.
+- The candidate with the lowest risk is chosen, or a simpler one (the table of calibrations is in that order) whose risk
+  is higher by no more than one standard error of the paired difference (Breiman et al. 1984).
+- Intervals are normal ones for one candidate at a time: they compare, they promise nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from icl_compiler.calibration.held_out import HeldOut
+from icl_compiler.calibration.law import Calibration, Evidence, Measured
+from icl_compiler.calibration.votes import Voters
+from icl_compiler.errors import CalibrationError
+from icl_compiler.registry import CALIBRATIONS, resolve
+
+LEAST_QUERIES = 10
+"""Fewer held-out queries say nothing."""
+_FOLDS = 5
+_NORMAL_95 = 1.96
+
+
+class Candidate(NamedTuple):
+    """A calibration and its cross-validated risk.
+
+    Attributes:
+        calibration: fitted to all queries.
+        risk: mean, with the ends of its 95 % interval.
+        saved: mean by which the risk is lower than without calibration, with the ends of its 95 % interval.
+        accuracy: share of the queries whose likeliest label is right, in [0, 1].
+    """
+
+    calibration: Calibration
+    risk: float
+    risk_low: float
+    risk_high: float
+    saved: float
+    saved_low: float
+    saved_high: float
+    accuracy: float
+
+    @property
+    def name(self) -> str:
+        """Of the method."""
+        return self.calibration.method
+
+
+class Choice(NamedTuple):
+    """What was chosen, why, and from what."""
+
+    calibration: Calibration
+    why: str
+    candidates: tuple[Candidate, ...]
+    queries: int
+    risk: str
+
+    def forced(self, name: str) -> "Choice":
+        """The candidate `name` instead, whatever its risk.
+
+        Raises:
+            CalibrationError: if it is none of the candidates.
+        """
+        for candidate in self.candidates:
+            if candidate.name == name:
+                return self._replace(calibration=candidate.calibration, why=f"{name} was asked for")
+        raise CalibrationError(f"the calibration {name!r} could not be fitted: the held-out queries lack what it needs")
+
+
+def fit_and_choose(held_out: HeldOut, candidates: Sequence[str] | None = None) -> Choice:
+    """Fit the `candidates` (default: all whose needs it meets) and choose by cross-validated risk.
+
+    `none` always stands among them. Pure, and the same for the same held-out queries.
+
+    Raises:
+        CalibrationError: if there are fewer than 10 queries.
+        RegistryError: if a candidate stands in no table.
+    """
+    queries = len(held_out.rows)
+    if queries < LEAST_QUERIES:
+        raise CalibrationError(
+            f"{queries} held-out queries are too few to calibrate with, expected {LEAST_QUERIES} or more; "
+            "take more rows, or leave the calibration out"
+        )
+    names = CALIBRATIONS if candidates is None else dict.fromkeys(["none", *candidates])
+    order = [*(name for name in CALIBRATIONS if name in names), *(name for name in names if name not in CALIBRATIONS)]
+    fold = np.random.default_rng(0).permutation(queries) % _FOLDS
+    found: list[Candidate] = []
+    risks: list[Float[np.ndarray, " queries"]] = []
+    for name in order:
+        method = resolve("calibration", CALIBRATIONS, name)
+        fitted: list[Calibration] = method(held_out)
+        if not fitted:
+            continue
+        said = np.empty((len(fitted), queries))
+        right = np.empty((len(fitted), queries), dtype=bool)
+        for number in range(_FOLDS):
+            train, test = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
+            for variant, calibration in enumerate(method(held_out.take(train))):
+                asked = held_out.take(test)
+                law = calibration.law(_evidence(calibration, asked, held_out))
+                said[variant, test] = asked.risks(law)
+                right[variant, test] = law.probabilities.argmax(axis=1) == asked.labels
+        best = int(said.mean(axis=1).argmin())
+        risks.append(said[best])
+        risk, saved = _with_interval(said[best]), _with_interval(risks[0] - said[best])
+        measured = Measured(queries, held_out.risk, float(risks[0].mean()), risk[0])
+        calibration = fitted[best] if name == "none" else replace(fitted[best], measured=measured)
+        found.append(Candidate(calibration, *risk, *saved, float(right[best].mean())))
+    lowest = min(range(len(found)), key=lambda i: found[i].risk)
+    chosen = next(i for i in range(len(found)) if i == lowest or _no_worse(risks[i], risks[lowest]))
+    why = f"{found[lowest].name} has the lowest risk"
+    if chosen != lowest:
+        why += f", and the simpler {found[chosen].name} is within one standard error of it"
+    return Choice(found[chosen].calibration, why, tuple(found), queries, held_out.risk)
+
+
+def _evidence(calibration: Calibration, asked: HeldOut, everyone: HeldOut) -> Evidence:
+    """The evidence of some of the queries, with the anchors as voters where the calibration has some."""
+    if calibration.anchors is None:
+        return asked.evidence
+    label_of = dict(zip(everyone.rows.tolist(), everyone.labels.tolist(), strict=True))
+    rows = calibration.anchors.rows
+    labels = np.array([label_of[row] for row in rows.tolist()], dtype=np.int64)
+    voters = np.where(asked.rows[:, None] == rows[None, :], -1, labels[None, :])
+    return asked.evidence._replace(voters=Voters(voters, np.zeros(voters.shape)))
+
+
+def _no_worse(risk: Float[np.ndarray, " queries"], best: Float[np.ndarray, " queries"]) -> bool:
+    difference = risk - best
+    return bool(difference.mean() <= difference.std(ddof=1) / np.sqrt(len(difference)))
+
+
+def _with_interval(values: Float[np.ndarray, " queries"]) -> tuple[float, float, float]:
+    mean, error = float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+    return mean, mean - _NORMAL_95 * error, mean + _NORMAL_95 * error
