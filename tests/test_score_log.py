@@ -22,35 +22,35 @@ def model():
 
 def test_no_prompt_is_asked_twice_not_even_by_another_process(tmp_path, model):
     path = tmp_path / "log.jsonl"
-    log = ScoreLog(path, "m")
-    assert log.answers([[1], (2,), [1]], model) == [
+    log = ScoreLog(path)
+    assert log.answers("m", [[1], (2,), [1]], model) == [
         [[1.0, float("-inf")]],
         [[2.0, float("-inf")]],
         [[1.0, float("-inf")]],
     ]
-    assert log.answers([[2], [3]], model)[1] == [[3.0, float("-inf")]]
-    again = ScoreLog(path, "m")
-    assert again.answers([[3], [2]], model) == [[[3.0, float("-inf")]], [[2.0, float("-inf")]]]
+    assert log.answers("m", [[2], [3]], model)[1] == [[3.0, float("-inf")]]
+    again = ScoreLog(path)
+    assert again.answers("m", [[3], [2]], model) == [[[3.0, float("-inf")]], [[2.0, float("-inf")]]]
     assert model.calls == [[[1], [2]], [[3]]]
     assert (log.asked, again.asked) == (3, 2)
 
 
 def test_another_model_is_asked_again(tmp_path, model):
     for name in ("one", "two"):
-        ScoreLog(tmp_path / "log.jsonl", name).answers([[1]], model)
+        ScoreLog(tmp_path / "log.jsonl").answers(name, [[1]], model)
     assert len(model.calls) == 2
 
 
 def test_half_a_line_is_asked_again_as_a_whole(tmp_path, model):
     path = tmp_path / "log.jsonl"
-    log = ScoreLog(path, "m")
-    log.answers([[1]], model)
-    log.answers([[2], [3]], model)
+    log = ScoreLog(path)
+    log.answers("m", [[1]], model)
+    log.answers("m", [[2], [3]], model)
     whole = path.read_bytes()
     path.write_bytes(whole[:-9])
-    again = ScoreLog(path, "m")
-    again.answers([[1]], model)
-    again.answers([[2], [3]], model)
+    again = ScoreLog(path)
+    again.answers("m", [[1]], model)
+    again.answers("m", [[2], [3]], model)
     assert model.calls == [[[1]], [[2], [3]], [[2], [3]]]
     assert path.read_bytes() == whole
 
@@ -60,5 +60,5 @@ def test_a_file_of_something_else_is_refused_and_kept(tmp_path, content):
     path = tmp_path / "log.jsonl"
     path.write_text(content, encoding="latin-1")
     with pytest.raises(ArtifactError, match="does not hold the answers of a search"):
-        ScoreLog(path, "m")
+        ScoreLog(path)
     assert path.read_text(encoding="latin-1") == content

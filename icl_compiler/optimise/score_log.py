@@ -22,45 +22,52 @@ class ScoreLog:
     """Answers by prompt.
 
     Args:
-        path: the file; what stands there is used, and further lines are appended.
-        identity: what else an answer depends on: model, device, label words.
+        path: the file; what stands there is used, and further lines are appended. `None` keeps nothing on the disk.
 
-    Attributes:
-        asked: how many different prompts were asked about, by this process or by the one before it.
-
-    >>> log = ScoreLog(None, "echo")
-    >>> log.answers([[1, 2], [3], [1, 2]], lambda prompts: [[[float(len(prompt))]] for prompt in prompts])
+    >>> log = ScoreLog(None)
+    >>> log.answers("echo", [[1, 2], [3], [1, 2]], lambda prompts: [[[float(len(prompt))]] for prompt in prompts])
     [[[2.0]], [[1.0]], [[2.0]]]
     >>> log.asked
     2
     """
 
-    def __init__(self, path: Path | None, identity: str) -> None:
-        self._path = path
-        self._identity = identity
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
         self._kept: dict[str, Answer] = {} if path is None else _read(path)
         self._used: set[str] = set()
 
     @property
     def asked(self) -> int:
-        """How many different prompts were asked about, whoever answered."""
+        """How many different prompts were asked about, by this process or the one before it."""
         return len(self._used)
 
-    def answers(self, prompts: Sequence[TokenIds], ask: Callable[[list[TokenIds]], list[Answer]]) -> list[Answer]:
-        """The answer to each prompt; `ask` is called once, with those that are new."""
-        keys = [self._key(prompt) for prompt in prompts]
+    def answers(
+        self, about: str, prompts: Sequence[TokenIds], ask: Callable[[list[TokenIds]], list[Answer]]
+    ) -> list[Answer]:
+        """The answer to each prompt; `ask` is called once, with those that are new.
+
+        Args:
+            about: what else an answer depends on: the model, its device, what is scored.
+        """
+        keys = [_key(about, prompt) for prompt in prompts]
         new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._kept}
         if new:
             found = dict(zip(new, ask(list(new.values())), strict=True))
-            if self._path is not None:
-                with self._path.open("a", encoding="utf-8") as file:
+            if self.path is not None:
+                with self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(found) + "\n")
             self._kept |= found
         self._used |= set(keys)
         return [self._kept[key] for key in keys]
 
-    def _key(self, prompt: TokenIds) -> str:
-        return sha256(f"{self._identity}\n{' '.join(map(str, prompt))}".encode()).hexdigest()
+    def remove(self) -> None:
+        """Remove the file: the search is done."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def _key(about: str, prompt: TokenIds) -> str:
+    return sha256(f"{about}\n{' '.join(map(str, prompt))}".encode()).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Answer]:

@@ -1,0 +1,179 @@
+"""What a variant costs on held-out queries: rows of the pool, each asked without itself.
+
+- The queries are the same for all variants, in one random order, so that differences between variants are paired.
+- Labels: log-loss of the right label, renormalised over the labels.
+- Targets: negative log-likelihood of the target, or whether greedy decoding misses it.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, Int64
+
+from icl_compiler.backends.backend import Backend, Progress
+from icl_compiler.optimise.racing import OutOfTime
+from icl_compiler.optimise.score_log import Answer, ScoreLog
+from icl_compiler.optimise.variants import Variant
+from icl_compiler.program import Program
+from icl_compiler.tokenizer import TokenIds
+
+CHUNK = 32
+"""Prompts that are asked about, and kept, at once."""
+_THEN = -1  # between a prompt and its target, in the log: no token
+
+Metric = Literal["likelihood", "exact-match"]
+METRICS: dict[Metric, str] = {
+    "likelihood": "negative log-likelihood of the target, nats per token",
+    "exact-match": "share of targets missed",
+}
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Gives the losses of variants on held-out queries."""
+
+    @property
+    def risk(self) -> str:
+        """What the mean of the losses is, in words."""
+
+    @property
+    def rows(self) -> Int64[np.ndarray, " queries"]:
+        """The queries: rows of the pool, in the order in which they are asked."""
+
+    def losses(self, variant: Variant, program: Program, queries: int) -> Float[np.ndarray, " queries"]:
+        """The loss of each of the first `queries` queries.
+
+        Raises:
+            OutOfTime: if the time is up before all of them were asked.
+        """
+
+
+class Asker:
+    """Asks the model, through a log, until a deadline.
+
+    Args:
+        deadline: of `time.monotonic`, in seconds.
+        progress: called with the number of prompts that are new to this search.
+    """
+
+    def __init__(
+        self, backend: Backend, log: ScoreLog, *, deadline: float = float("inf"), progress: Progress | None = None
+    ) -> None:
+        self.backend = backend
+        self.log = log
+        self._deadline = deadline
+        self._progress = progress
+
+    def ask(
+        self, about: str, prompts: Sequence[TokenIds], ask: Callable[[list[TokenIds]], list[Answer]]
+    ) -> list[Answer]:
+        """The answers of the log, and of the model where it has none.
+
+        Raises:
+            OutOfTime: if the deadline passed; what was asked before it is in the log.
+        """
+        found: list[Answer] = []
+        for first in range(0, len(prompts), CHUNK):
+            if time.monotonic() > self._deadline:
+                raise OutOfTime
+            before = self.log.asked
+            identity = f"{self.backend.model}, {self.backend.device}, {about}"
+            found += self.log.answers(identity, prompts[first : first + CHUNK], ask)
+            if self._progress is not None:
+                self._progress(self.log.asked - before)
+        return found
+
+
+class LabelJudge:
+    """Log-loss of the right labels."""
+
+    risk = "log-loss"
+
+    def __init__(self, asker: Asker, program: Program, rows: Int64[np.ndarray, " queries"]) -> None:
+        self.rows = rows
+        self._asker = asker
+        data = program.pool.data
+        self._texts = [data.texts[row] for row in rows.tolist()]
+        self._labels = np.array([program.labels.index(data.answers[row]) for row in rows.tolist()], dtype=np.int64)
+        self._answers: dict[Variant, list[Answer]] = {}
+
+    def losses(self, variant: Variant, program: Program, queries: int) -> Float[np.ndarray, " queries"]:
+        """See `Judge`."""
+        logprobs = np.array([answer[0] for answer in self._answered(variant, program, queries)])
+        logprobs = logprobs - np.logaddexp.reduce(logprobs, axis=1, keepdims=True)
+        losses: Float[np.ndarray, " queries"] = -logprobs[np.arange(queries), self._labels[:queries]]
+        return losses
+
+    def _answered(self, variant: Variant, program: Program, queries: int) -> list[Answer]:
+        words = program.label_words
+
+        def ask(prompts: list[TokenIds]) -> list[Answer]:
+            scores = self._asker.backend.label_logprobs(prompts, words)
+            if scores.upper is None:
+                return [[row] for row in scores.logprobs.tolist()]
+            return [list(bounds) for bounds in zip(scores.logprobs.tolist(), scores.upper.tolist(), strict=True)]
+
+        known = self._answers.setdefault(variant, [])
+        while len(known) < queries:
+            texts = self._texts[len(known) : min(queries, len(known) + CHUNK)]
+            prompts = [prompt.tokens for prompt in program.prompts(texts)]
+            known += self._asker.ask(f"labels {words}", prompts, ask)
+        return known[:queries]
+
+
+class TargetJudge:
+    """How likely the right targets are, or how often greedy decoding misses them."""
+
+    def __init__(
+        self, asker: Asker, program: Program, rows: Int64[np.ndarray, " queries"], metric: Metric = "likelihood"
+    ) -> None:
+        self.rows = rows
+        self.risk = METRICS[metric]
+        self._asker = asker
+        self._score = self._likelihoods if metric == "likelihood" else self._misses
+        data = program.pool.data
+        self._texts = [data.texts[row] for row in rows.tolist()]
+        self._targets = [data.answers[row] for row in rows.tolist()]
+        self._losses: dict[Variant, list[float]] = {}
+
+    def losses(self, variant: Variant, program: Program, queries: int) -> Float[np.ndarray, " queries"]:
+        """See `Judge`."""
+        known = self._losses.setdefault(variant, [])
+        while len(known) < queries:
+            part = slice(len(known), min(queries, len(known) + CHUNK))
+            prompts = [prompt.tokens for prompt in program.prompts(self._texts[part])]
+            words = program.template.answers(self._targets[part])
+            pairs = [[*prompt, _THEN, *word] for prompt, word in zip(prompts, words, strict=True)]
+            known += [answer[0][0] for answer in self._score(program, pairs)]
+        return np.array(known[:queries])
+
+    def _likelihoods(self, program: Program, pairs: list[list[int]]) -> list[Answer]:
+        def ask(new: list[TokenIds]) -> list[Answer]:
+            prompts, words = _parted(new)
+            scores = self._asker.backend.sequence_logprobs(prompts, words)
+            return [[[-float(logprobs.mean())]] for logprobs in scores.logprobs]
+
+        return self._asker.ask("targets", pairs, ask)
+
+    def _misses(self, program: Program, pairs: list[list[int]]) -> list[Answer]:
+        end = program.template.terminator_ids
+
+        def ask(new: list[TokenIds]) -> list[Answer]:
+            prompts, words = _parted(new)
+            longest = max(len(word) for word in words)  # who says more has missed
+            found = self._asker.backend.generate(prompts, end, max_new_tokens=longest, temperature=0.0)
+            decode = program.template.tokenizer.decode
+            return [
+                [[float(not item.finished or decode(item.tokens).strip() != decode(word).strip())]]
+                for item, word in zip(found.items, words, strict=True)
+            ]
+
+        return self._asker.ask(f"greedy, to {end}", pairs, ask)
+
+
+def _parted(pairs: Sequence[TokenIds]) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and targets."""
+    found = [(list(pair), list(pair).index(_THEN)) for pair in pairs]
+    return [pair[:at] for pair, at in found], [pair[at + 1 :] for pair, at in found]

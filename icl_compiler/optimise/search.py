@@ -1,0 +1,113 @@
+"""The search of -O2: a race of retrievers, one of numbers of shots, one of orders and templates, and a final.
+
+- One thing at a time, each time around the best so far. All combinations would be hundreds; which retriever is best
+  hardly depends on the order of the shots. The two best retrievers go into the race of numbers, as the best number is
+  one that depends on it.
+- All races ask the same held-out queries in the same order: what one paid for is free in the next.
+- The final is between the winner and the settings that -O1 would have taken, for what is left of the budget, so that
+  luck in an early race does not decide.
+- The trace tells of every variant in every race what it was, what it cost, and why it left.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from icl_compiler.errors import ICLError
+from icl_compiler.optimise.judges import Judge
+from icl_compiler.optimise.racing import Race, race
+from icl_compiler.optimise.variants import Variant, Variants
+from icl_compiler.selection import Order
+
+SHARES = {"retriever": 0.35, "shots": 0.5, "order and template": 0.6, "final": 1.0}
+"""The races, and which part of the queries that are left each may use."""
+
+
+class Space(NamedTuple):
+    """What is tried: of each setting these values, one at least."""
+
+    retrievers: Sequence[str]
+    shots: Sequence[int]
+    orders: Sequence[Order]
+    templates: Sequence[str]
+
+
+class Found(NamedTuple):
+    """The winner, and a row for each variant in each race."""
+
+    variant: Variant
+    trace: list[dict[str, Any]]
+
+
+def search(
+    variants: Variants,
+    judge: Judge,
+    space: Space,
+    *,
+    budget: int,
+    notify: Callable[[str], object] = lambda _: None,
+) -> Found:
+    """The best of the variants in `space`, the base among them, for at most `budget` model calls."""
+    return _Search(variants, judge, budget, notify).run(space)
+
+
+class _Search:
+    def __init__(self, variants: Variants, judge: Judge, budget: int, notify: Callable[[str], object]) -> None:
+        self._variants = variants
+        self._judge = judge
+        self._left = budget
+        self._notify = notify
+        self._paid: dict[Variant, int] = {}
+        self._trace: list[dict[str, Any]] = []
+
+    def run(self, space: Space) -> Found:
+        base = self._variants.own
+        best = self._race("retriever", [base, *(base.found_by(name) for name in space.retrievers)])
+        near = sorted(space.shots, key=lambda shots: (abs(shots - base.shots), shots))
+        best = self._race("shots", [v._replace(shots=shots) for v in best[:2] for shots in [v.shots, *near]])
+        orders = [best[0]._replace(order=order) for order in space.orders] if best[0].shots > 1 else []
+        templates = [best[0]._replace(template=template) for template in space.templates]
+        best = self._race("order and template", [best[0], *orders, *templates])
+        [winner, *_] = self._race("final", [base, best[0]])
+        return Found(winner, self._trace)
+
+    def _race(self, name: str, entered: Sequence[Variant]) -> list[Variant]:
+        """Those that could run, the winner first, then those that left last."""
+        runners = []
+        for variant in dict.fromkeys(variant.distinct() for variant in entered):
+            try:
+                self._variants.program(variant)
+                runners.append(variant)
+            except ICLError as error:
+                self._tell(name, variant, queries=0, why=f"not tried: {error}")
+        self._notify(f"{name}: {len(runners)} variants")
+        budget = int(self._left * SHARES[name])
+        paid = [self._paid.get(variant, 0) for variant in runners]
+        found = race(
+            lambda i, n: self._judge.losses(runners[i], self._variants.program(runners[i]), n),
+            len(runners),
+            queries=len(self._judge.rows),
+            budget=budget,
+            seen=paid,
+        )
+        self._left -= found.calls
+        for standing in found.standings:
+            self._paid[runners[standing.candidate]] = max(standing.queries, paid[standing.candidate])
+        self._record(name, runners, found)
+        ranked = sorted(found.standings, key=lambda s: (-_lasted(s.out), s.mean if s.queries else float("inf")))
+        return [runners[standing.candidate] for standing in ranked]
+
+    def _record(self, name: str, runners: Sequence[Variant], found: Race) -> None:
+        for number, variant, queries, mean, low, high, out, why in (
+            (s.candidate, runners[s.candidate], *s[1:]) for s in found.standings
+        ):
+            measured = {"queries": queries, "risk": mean, "low": low, "high": high}
+            told = {key: round(value, 4) if math.isfinite(value) else None for key, value in measured.items()}
+            self._tell(name, variant, candidate=number, **told, round=out, why=why)
+
+    def _tell(self, race_name: str, variant: Variant, **facts: Any) -> None:
+        self._trace.append({"race": race_name, **variant._asdict(), **facts})
+
+
+def _lasted(out: int | None) -> float:
+    return float("inf") if out is None else float(out)

@@ -1,0 +1,101 @@
+"""Programs that differ from one in a few settings, made cheaply: a template is encoded once, an index is built once."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+
+from icl_compiler.compile import new_retriever
+from icl_compiler.program import Pool, Program, encode_pool
+from icl_compiler.selection import Order
+from icl_compiler.templates import EncodedTemplate, Template
+from retrievers.retriever import Retriever
+
+SAME_FOR_ALL = ("uniform", "votek")
+
+
+class Variant(NamedTuple):
+    """The settings that are searched.
+
+    >>> str(Variant("bm25", 4, "best-last", "classify")), str(Variant("uniform", 0, "best-first", "classify"))
+    ('bm25, 4 shots, best-last, classify', 'no shots, classify')
+    """
+
+    retriever: str
+    shots: int
+    order: Order
+    template: str
+
+    def __str__(self) -> str:
+        if not self.shots:
+            return f"no shots, {self.template}"
+        return f"{self.retriever}, {self.shots} shot{'s' * (self.shots != 1)}, {self.order}, {self.template}"
+
+    def found_by(self, retriever: str) -> "Variant":
+        """The same with another retriever, and the order that goes with it."""
+        return self._replace(retriever=retriever, order="best-first" if retriever in SAME_FOR_ALL else "best-last")
+
+    def distinct(self) -> "Variant":
+        """One for all that write the same prompts: without shots nothing depends on how they would be found."""
+        return self if self.shots else self.found_by("uniform")
+
+
+class Variants:
+    """The variants of `base`: all have its model, pool, budget and seed."""
+
+    def __init__(self, base: Program) -> None:
+        self.base = base
+        self._indexes: dict[str, Retriever] = {base.settings.retriever: base.retriever}
+        self._templates = {base.template.template.name: (base.template, base.pool)}
+
+    @property
+    def own(self) -> Variant:
+        """That of the base."""
+        settings = self.base.settings
+        return Variant(settings.retriever, settings.shots, settings.order, self.base.template.template.name).distinct()
+
+    def program(self, variant: Variant) -> Program:
+        """The program.
+
+        Raises:
+            TemplateError: if the template does not suit the model.
+            LabelError: if one of its label words is a prefix of another.
+        """
+        encoded, pool = self._template(variant.template)
+        index = self._index(variant.retriever)
+        settings = replace(self.base.settings, retriever=variant.retriever, shots=variant.shots, order=variant.order)
+        return replace(self.base, settings=settings, template=encoded, pool=pool, retriever=index)
+
+    def most_shots(self) -> int:
+        """How many shots of middling length fit the budget, beside such a query; at least 1."""
+        sizes = np.diff(self.base.pool.offsets)
+        middle = max(1, int(np.median(sizes)))
+        room = self.base.settings.budget - len(self.base.template.head) - middle
+        return min(max(1, room // middle), len(sizes))
+
+    def askable(self, templates: Sequence[str]) -> Int64[np.ndarray, " rows"]:
+        """Rows of the pool that are no longer, in any of these templates, than what the budget holds without shots."""
+        fits = np.ones(len(self.base.pool.data), dtype=bool)
+        for name in templates:
+            encoded, pool = self._template(name)
+            answer = max((len(word) for word in encoded.label_words()), default=0)
+            fits &= np.diff(pool.offsets) + len(encoded.head) + answer <= self.base.settings.budget
+        return np.flatnonzero(fits).astype(np.int64)
+
+    def _template(self, name: str) -> tuple[EncodedTemplate, Pool]:
+        if name not in self._templates:
+            base = self.base.template
+            encoded = EncodedTemplate.build(Template.from_name(name), base.tokenizer, base.labels)
+            encoded.label_words()
+            self._templates[name] = (encoded, encode_pool(encoded, self.base.pool.data))
+        return self._templates[name]
+
+    def _index(self, name: str) -> Retriever:
+        if name not in self._indexes:
+            settings = self.base.settings
+            index = new_retriever(name, encoder=settings.encoder, seed=settings.seed)
+            index.fit(self.base.pool.data.texts)
+            self._indexes[name] = index
+        return self._indexes[name]

@@ -1,0 +1,191 @@
+"""The search: a planted best is found, every variant is told of, and nothing is paid for twice."""
+
+import json
+import time
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hashed_words import HashedWords
+from toys import customers, plain_template
+
+from icl_compiler import compile as compiling
+from icl_compiler.backends.echo import EchoBackend
+from icl_compiler.compile import compile_program
+from icl_compiler.data import Dataset
+from icl_compiler.optimise.judges import Asker, LabelJudge, TargetJudge
+from icl_compiler.optimise.score_log import ScoreLog
+from icl_compiler.optimise.search import Space, search
+from icl_compiler.optimise.variants import Variant, Variants
+
+SPACE = Space(("uniform", "bm25", "coverage"), (0, 1, 2, 4), ("best-last", "best-first"), ("classify",))
+
+
+class CountingEcho(EchoBackend):
+    """The echo backend, which counts what it is asked and may be killed after some calls."""
+
+    def __init__(self, dies_after=10**9):
+        self.prompts = Counter()
+        self.dies_after = dies_after
+
+    def label_logprobs(self, prompts, label_words, *, progress=None):
+        if sum(self.prompts.values()) >= self.dies_after:
+            raise KeyboardInterrupt
+        self.prompts.update(tuple(prompt) for prompt in prompts)
+        return super().label_logprobs(prompts, label_words, progress=progress)
+
+
+def words_with_labels(rows=90):
+    """Texts whose one telling word is that of their label; by words the right label is found, by chance it is not."""
+    labels = ("card", "parcel", "refund")
+    rng = np.random.default_rng(0)
+    texts = [f"{labels[i % 3]} x{rng.integers(10**6)}" for i in range(rows)]
+    return Dataset(tuple(texts), tuple(labels[i % 3] for i in range(rows)), "classification", "words")
+
+
+def variants(data=None, **settings):
+    wanted = {"retriever": "uniform", "shots": 4, "budget": 400} | settings
+    return Variants(compile_program(data or words_with_labels(), model="echo", **wanted))
+
+
+def judged(made, backend=None, log=None, **settings):
+    rows = np.random.default_rng(0).permutation(made.askable(["classify"]))
+    return LabelJudge(Asker(backend or CountingEcho(), ScoreLog(log), **settings), made.base, rows)
+
+
+def test_the_planted_retriever_wins_with_as_many_shots_as_help():
+    made, backend = variants(), CountingEcho()
+    found = search(made, judged(made, backend), SPACE, budget=600)
+    assert found.variant == Variant("bm25", 4, "best-last", "classify")
+    assert sum(backend.prompts.values()) <= 600
+    assert set(backend.prompts.values()) == {1}
+
+
+def test_the_trace_tells_of_every_variant_in_every_race():
+    made = variants()
+    trace = search(made, judged(made), SPACE, budget=600).trace
+    assert list(dict.fromkeys(row["race"] for row in trace)) == ["retriever", "shots", "order and template", "final"]
+    first = [row for row in trace if row["race"] == "retriever"]
+    assert [row["retriever"] for row in first] == ["uniform", "bm25", "coverage"]
+    assert {row["shots"] for row in trace if row["race"] == "shots"} == {0, 1, 2, 4}
+    for name in {row["race"] for row in trace}:
+        ran = [row for row in trace if row["race"] == name]
+        assert [row["candidate"] for row in ran] == list(range(len(ran)))
+        [winner] = [row for row in ran if row["round"] is None]
+        assert winner["why"] == "the winner"
+        assert all(row["risk"] >= winner["risk"] for row in ran if row["queries"] == winner["queries"])
+        assert all(row["low"] <= row["risk"] <= row["high"] for row in ran if row["queries"] > 1)
+    json.dumps(trace, allow_nan=False)
+
+
+def test_the_risk_told_is_that_of_the_variant():
+    made = variants()
+    judge = judged(made)
+    trace = search(made, judge, SPACE, budget=10**6).trace
+    for row in trace:
+        variant = Variant(row["retriever"], row["shots"], row["order"], row["template"])
+        program = made.program(variant)
+        texts = [program.pool.data.texts[i] for i in judge.rows[: row["queries"]]]
+        laws = np.exp(EchoBackend().label_logprobs([p.tokens for p in program.prompts(texts)], program.label_words)[0])
+        right = [program.labels.index(program.pool.data.answers[i]) for i in judge.rows[: row["queries"]]]
+        expected = -np.log(laws[range(len(right)), right] / laws.sum(axis=1)).mean()
+        assert row["risk"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_variant_is_the_program_that_would_have_been_compiled(monkeypatch):
+    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
+    made = variants(customers(), budget=2000)
+    for variant in (
+        Variant("dense", 3, "best-last", "classify"),
+        Variant("votek", 2, "best-first", "classify"),
+        Variant("bm25", 1, "best-last", "generate"),
+    ):
+        own = compile_program(
+            customers(), model="echo", retriever=variant.retriever, shots=variant.shots, budget=2000,
+            template=variant.template,
+        )  # fmt: skip
+        built = made.program(variant)
+        assert built.settings == replace(own.settings, order=variant.order)
+        asked = ["my card is late", customers().texts[0]]
+        assert [p.tokens for p in built.prompts(asked)] == [p.tokens for p in own.prompts(asked)]
+
+
+def test_without_shots_there_is_one_variant_a_template():
+    made = variants()
+    trace = search(made, judged(made), SPACE._replace(shots=(0,)), budget=600).trace
+    assert [row["race"] for row in trace if row["shots"] == 0].count("shots") == 1
+    assert variants(shots=0).own == Variant("uniform", 0, "best-first", "classify")
+    assert variants(shots=0, retriever="bm25").own == variants(shots=0).own
+
+
+def test_what_cannot_be_made_is_told_and_left_out(tmp_path):
+    made = variants()
+    wrong = tmp_path / "wrong.jinja"
+    wrong.write_text(plain_template(answer="{{ label[:1] }}", query="{{ text }}").source, encoding="utf-8")
+    found = search(made, judged(made), SPACE._replace(templates=("classify", str(wrong))), budget=600)
+    [row] = [row for row in found.trace if row["template"] == str(wrong)]
+    assert (row["queries"], row["why"][:13]) == (0, "not tried: th")
+    assert found.variant.template == "classify"
+
+
+def test_a_killed_search_goes_on_and_asks_nothing_twice(tmp_path):
+    log = tmp_path / "log.jsonl"
+    made = variants()
+    first, second, whole = CountingEcho(dies_after=100), CountingEcho(), CountingEcho()
+    with pytest.raises(KeyboardInterrupt):
+        search(made, judged(made, first, log), SPACE, budget=600)
+    again = search(made, judged(made, second, log), SPACE, budget=600)
+    assert again == search(made, judged(made, whole), SPACE, budget=600)
+    assert first.prompts + second.prompts == whole.prompts
+    assert set(whole.prompts.values()) == {1}
+    assert sum(first.prompts.values()) >= 100
+
+
+def test_when_the_time_is_up_the_best_so_far_is_taken():
+    made, backend = variants(), CountingEcho()
+    over = search(made, judged(made, backend, deadline=time.monotonic() - 1), SPACE, budget=600)
+    assert over.variant == made.own
+    assert not backend.prompts
+    assert {row["why"] for row in over.trace} == {"the winner", "not tried: the time was up"}
+
+
+def test_rows_too_long_to_be_asked_are_no_queries():
+    long = Dataset(
+        (*words_with_labels().texts, "y" * 350), (*words_with_labels().answers, "card"), "classification", "w"
+    )
+    made = variants(long)
+    assert made.askable(["classify"]).tolist() == list(range(90))
+    search(made, judged(made), SPACE, budget=200)
+
+
+def test_as_many_shots_are_tried_as_the_budget_holds():
+    made = variants()
+    packed = made.program(Variant("uniform", 99, "best-first", "classify")).prompts(["card x123456"])
+    assert made.most_shots() == pytest.approx(len(packed[0].selection.rows), abs=1)
+    assert variants(words_with_labels(3), budget=10**6).most_shots() == 3
+
+
+def pairs():
+    """The target is the text again, of one of a few words."""
+    words = [f"word{i % 7} {i}" for i in range(60)]
+    return Dataset(tuple(words), tuple(words), "generation", "pairs")
+
+
+@pytest.mark.parametrize("metric", ["likelihood", "exact-match"])
+def test_targets_are_judged_by_likelihood_or_by_what_is_said(metric, tmp_path):
+    made = variants(pairs())
+    rows = np.arange(40)
+    judge = TargetJudge(Asker(EchoBackend(), ScoreLog(tmp_path / "log")), made.base, rows, metric)
+    variant = Variant("bm25", 2, "best-last", "generate")
+    program = made.program(variant)
+    losses = judge.losses(variant, program, 40)
+    prompts = [prompt.tokens for prompt in program.prompts(program.pool.data.texts[:40])]
+    targets = program.template.answers(program.pool.data.answers[:40])
+    if metric == "likelihood":
+        expected = [-x.mean() for x in EchoBackend().sequence_logprobs(prompts, targets).logprobs]
+        assert losses == pytest.approx(expected)
+    else:
+        assert set(losses) <= {0.0, 1.0}
+    space = Space(("uniform", "bm25"), (0, 1, 2), ("best-last",), ("generate",))
+    assert search(made, judge, space, budget=400).trace
