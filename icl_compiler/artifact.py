@@ -8,6 +8,7 @@
     blocks.safetensors  the fixed blocks of shots, of a program that has them
     calibration.safetensors   the calibration's offsets and anchors, where it has some
     voters/             a dense index, where votes are counted and the retriever is another one
+    trace.jsonl         what a search tried, where there was one
 
 - A folder is written beside its place and renamed: it is there completely or not at all.
 - Nothing in it can run code: no pickle, a sandboxed template, and names of retrievers and calibrations from our tables
@@ -19,7 +20,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from fcntl import LOCK_EX, flock
@@ -45,10 +46,11 @@ FORMAT = 2
 """2: a program may be calibrated. Programs of format 1 are not, and load."""
 _MANIFEST = "manifest.json"
 _BLOCKS = ("centres", "rows", "offsets")
+_TRACE = "trace.jsonl"
 
 
-def save_program(program: Program, folder: Path) -> None:
-    """Write `program` as `folder`, in place of a program that is there.
+def save_program(program: Program, folder: Path, *, trace: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write `program` as `folder`, in place of a program that is there, with the `trace` of the search that found it.
 
     Raises:
         ArtifactError: if `folder` exists and is not a program, or cannot be written, or if the program could not be
@@ -85,6 +87,9 @@ def save_program(program: Program, folder: Path) -> None:
             program.voters.save(draft / "voters")
         if kept := arrays_of(program.calibration):
             (draft / "calibration.safetensors").write_bytes(save(kept))
+        if trace:
+            told = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in trace)
+            (draft / _TRACE).write_text(told, encoding="utf-8", newline="\n")
         write_manifest(
             draft,
             {
@@ -173,6 +178,17 @@ def _read_blocks(folder: Path, settings: Settings, *, rows: int) -> Blocks:
     if len(of_pool) and not 0 <= of_pool.min() <= of_pool.max() < rows:
         raise ValueError(f"a block holds a row that is none of the {rows} of the pool")
     return Blocks(compiling.named_encoder(settings.encoder), centres, of_pool, offsets)
+
+
+def load_trace(folder: Path) -> list[dict[str, Any]]:
+    """What the search that found the program tried, a row each; nothing where there was no search.
+
+    Raises:
+        ArtifactError: see `load_program`.
+    """
+    if _TRACE not in read_manifest(folder, kind="program")["files"]:
+        return []
+    return [json.loads(line) for line in (folder / _TRACE).read_text(encoding="utf-8").splitlines()]
 
 
 def is_artifact(folder: Path, *, kind: str | None = None) -> bool:

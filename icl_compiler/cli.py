@@ -19,6 +19,7 @@ from icl_compiler.command_line import (
     json_option,
     print_json,
     progress_bar,
+    require_text,
     say,
     seed_option,
 )
@@ -48,41 +49,6 @@ def main() -> None:
     Exit codes: 0 done, 1 the run failed, 2 wrong use. Results go to standard output, warnings, errors and
     progress to standard error.
     """
-
-
-@click.command()
-@click.argument("program", type=click.Path(path_type=Path))
-@click.option("--query", required=True, metavar="TEXT", help="The text to write a prompt for.")
-@json_option
-def show(program: Path, query: str, as_json: bool) -> None:
-    """Show the prompt for a text, and why each shot is in it.
-
-    PROGRAM is a folder that `icl compile` wrote. The prompt is exactly what the language model reads; the model
-    itself does not run.
-
-    \b
-      icl show program --query "where is my parcel?"
-    """
-    from icl_compiler.artifact import load_program
-
-    _require_text(query)
-
-    loaded = load_program(program)
-    shown = loaded.explain(query)
-    if as_json:
-        print_json({**shown._asdict(), "shots": [shot._asdict() for shot in shown.shots]})
-        return
-    click.echo(shown.prompt)
-    shots = counted(len(shown.shots), "shot") + ", in this order" * (len(shown.shots) > 1)
-    click.secho(f"\n{shown.tokens:,} tokens of at most {shown.budget:,}; {shots}", bold=True)
-    for number, shot in enumerate(shown.shots, start=1):
-        score = f"score {shot.score:.3f}" if shot.rank else "in the block"
-        click.echo(
-            f"{number:>4}. {score}  {shot.tokens:>3} tokens  {shot.label}\n"
-            f"      {' '.join(shot.text.split())}\n      chosen as {shot.why}; row {shot.row} of the pool"
-        )
-    for note in shown.notes:
-        click.echo(f"      {note}")
 
 
 @click.command()
@@ -132,7 +98,7 @@ def predict(
     if not texts and not source and sys.stdin.isatty():
         raise click.UsageError("give texts as arguments, with --file, or on standard input")
     for text in texts:
-        _require_text(text)
+        require_text(text)
     from icl_compiler.artifact import load_program
     from icl_compiler.data import load_texts
     from icl_compiler.errors import DataError
@@ -160,11 +126,6 @@ def predict(
                     )
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
-
-
-def _require_text(text: str) -> None:
-    if not text.strip():
-        raise click.UsageError(f"the text {text!r} is blank; expected at least one character that is not")
 
 
 def _labelled(program: Any, engine: Any, texts: tuple[str, ...], advance: Any) -> Iterator[dict[str, Any]]:

@@ -245,6 +245,12 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
+def require_text(text: str) -> None:
+    """Refuse a text that is blank."""
+    if not text.strip():
+        raise click.UsageError(f"the text {text!r} is blank; expected at least one character that is not")
+
+
 def say(message: str) -> None:
     """A sentence for the person at the terminal, on standard error."""
     click.echo(message, err=True)

@@ -53,7 +53,8 @@ METHODS: Mapping[str, str] = {
 COMMANDS: Mapping[str, str] = {
     "demo": "evaluation.cli:demo",
     "compile": "icl_compiler.compile_cli:compile_command",
-    "show": "icl_compiler.cli:show",
+    "explain": "icl_compiler.explain_cli:explain",
+    "diff": "icl_compiler.explain_cli:diff",
     "predict": "icl_compiler.cli:predict",
     "finetune": "evaluation.reference_cli:finetune",
     "merge": "evaluation.reference_cli:merge",

@@ -161,32 +161,42 @@ TEMPLATES = [
 ]
 PROGRAMS = [
     Bad(
-        "no such program", "show nope --query hi", 1, "there is no program 'nope': expected a folder that `icl compile`"
+        "no such program",
+        "explain nope",
+        1,
+        "there is no program 'nope': expected a folder that `icl compile`",
     ),
-    Bad("a file as program", "show good.csv --query hi", 1, "there is no program 'good.csv': expected a folder"),
-    Bad("an empty folder as program", "show empty --query hi", 1, "empty is no program: manifest.json is missing"),
-    Bad("a reference as program", "show reference --query hi", 1, "reference is a reference, not a program"),
+    Bad("a file as program", "explain good.csv", 1, "there is no program 'good.csv': expected a folder"),
+    Bad("an empty folder as program", "explain empty", 1, "empty is no program: manifest.json is missing"),
+    Bad("a reference as program", "explain reference", 1, "reference is a reference, not a program"),
     Bad(
         "a program without its pool",
-        "show lost --query hi",
+        "explain lost",
         1,
         "the file pool.jsonl is missing; make the program again",
     ),
-    Bad("a program that was changed", "show changed --query hi", 1, "the file template.jinja was changed after it was"),
-    Bad("a manifest that was changed", "show edited --query hi", 1, "edited/manifest.json was changed after it was"),
-    Bad("a manifest that is no JSON", "show damaged --query hi", 1, "damaged/manifest.json is damaged (Unterminated"),
-    Bad("a program of a newer version", "show newer --query hi", 1, "has format 99, and this version of icl-compiler"),
-    Bad("a forged program: code", "show forged-code --query hi", 1, "unknown retriever 'os:system'. Available:"),
-    Bad("a forged program: settings", "show forged-settings --query hi", 1, "unexpected keyword argument 'more'"),
-    Bad("a forged program: array", "show forged-array --query hi", 1, "does not hold what a program holds"),
     Bad(
-        "a program of another tokenizer", "show forged-tokens --query hi", 1, "was compiled for another tokenizer than"
+        "a program that was changed",
+        "explain changed",
+        1,
+        "the file template.jinja was changed after it was",
     ),
-    Bad("no query", "show program", 2, "Missing option '--query'"),
-    Bad("a blank query", "show program --query ' '", 2, "the text ' ' is blank"),
+    Bad("a manifest that was changed", "explain edited", 1, "edited/manifest.json was changed after it was"),
+    Bad("a manifest that is no JSON", "explain damaged", 1, "damaged/manifest.json is damaged (Unterminated"),
+    Bad("a program of a newer version", "explain newer", 1, "has format 99, and this version of icl-compiler"),
+    Bad("a forged program: code", "explain forged-code", 1, "unknown retriever 'os:system'. Available:"),
+    Bad("a forged program: settings", "explain forged-settings", 1, "unexpected keyword argument 'more'"),
+    Bad("a forged program: array", "explain forged-array", 1, "does not hold what a program holds"),
+    Bad(
+        "a program of another tokenizer",
+        "explain forged-tokens",
+        1,
+        "was compiled for another tokenizer than",
+    ),
+    Bad("a blank query", "explain program --query ' '", 2, "the text ' ' is blank"),
 ]
 TEXTS = [
-    Bad("a query too long", f"show program --query {'x' * 9000}", 1, "and the budget is 400; compile with a larger"),
+    Bad("a query too long", f"explain program --query {'x' * 9000}", 1, "and the budget is 400; compile with a larger"),
     Bad("a text of 1 MB", "predict program", 1, "and the budget is 400", b"x" * 1_000_000),
     Bad("a blank text", "predict program hi ''", 2, "the text '' is blank; expected at least one character"),
     Bad("nothing on standard input", "predict program", 1, "there are no texts to predict; expected one a line"),

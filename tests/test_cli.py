@@ -106,7 +106,7 @@ def test_version() -> None:
     assert done("--version").startswith("icl, version ")
 
 
-# compile and show
+# compile and explain
 
 
 def test_compile_says_what_it_made(here: Path) -> None:
@@ -177,16 +177,16 @@ def test_compile_counts_rows_that_never_fit(here: Path) -> None:
     assert "Warning: 1 row too long to be a shot in a prompt of 200 tokens" in result.stderr
 
 
-def test_show_shows_the_prompt_and_its_shots(program: Path) -> None:
-    said = done("show", program, "--query", "where is my parcel?")
+def test_explain_shows_the_prompt_and_its_shots(program: Path) -> None:
+    said = done("explain", program, "--query", "where is my parcel?")
     assert said.startswith("Say which label fits the text. Labels: card, refund, track.\nText: ")
     assert "Text: where is my parcel?\nLabel:\n" in said
     assert "2 shots, in this order" in said
     assert said.count("chosen as rank ") == 2
 
 
-def test_show_as_json(program: Path) -> None:
-    said = json.loads(done("show", program, "--query", "where is my parcel?", "--json"))
+def test_explain_as_json(program: Path) -> None:
+    said = json.loads(done("explain", program, "--query", "where is my parcel?", "--json"))
     assert said["prompt"].endswith("Text: where is my parcel?\nLabel:")
     assert [shot["label"] for shot in said["shots"]] == ["track", "track"]
     assert said["tokens"] == len(said["prompt"].encode()) <= said["budget"]

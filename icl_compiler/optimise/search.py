@@ -19,7 +19,7 @@ from icl_compiler.optimise.racing import Race, race
 from icl_compiler.optimise.variants import Variant, Variants
 from icl_compiler.selection import Order
 
-SHARES = {"retriever": 0.35, "shots": 0.5, "order and template": 0.6, "final": 1.0}
+SHARES = {"retriever": 0.35, "shots": 0.5, "order, labels and template": 0.6, "final": 1.0}
 """The races, and which part of the queries that are left each may use."""
 
 
@@ -29,6 +29,7 @@ class Space(NamedTuple):
     retrievers: Sequence[str]
     shots: Sequence[int]
     orders: Sequence[Order]
+    per_label: Sequence[int]
     templates: Sequence[str]
 
 
@@ -65,9 +66,11 @@ class _Search:
         best = self._race("retriever", [base, *(base.found_by(name) for name in space.retrievers)])
         near = sorted(space.shots, key=lambda shots: (abs(shots - base.shots), shots))
         best = self._race("shots", [v._replace(shots=shots) for v in best[:2] for shots in [v.shots, *near]])
-        orders = [best[0]._replace(order=order) for order in space.orders] if best[0].shots > 1 else []
-        templates = [best[0]._replace(template=template) for template in space.templates]
-        best = self._race("order and template", [best[0], *orders, *templates])
+        now = best[0]
+        orders = [now._replace(order=order) for order in space.orders] if now.shots > 1 else []
+        balanced = [now._replace(per_label=count) for count in space.per_label]
+        templates = [now._replace(template=template) for template in space.templates]
+        best = self._race("order, labels and template", [now, *orders, *balanced, *templates])
         [winner, *_] = self._race("final", [base, best[0]])
         return Found(winner, self._trace)
 

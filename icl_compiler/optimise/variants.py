@@ -8,30 +8,30 @@ import numpy as np
 from jaxtyping import Int64
 
 from icl_compiler.compile import new_retriever
-from icl_compiler.program import Pool, Program, encode_pool
+from icl_compiler.program import SAME_FOR_ALL, Pool, Program, encode_pool
 from icl_compiler.selection import Order
 from icl_compiler.templates import EncodedTemplate, Template
 from retrievers.retriever import Retriever
 
-SAME_FOR_ALL = ("uniform", "votek")
-
 
 class Variant(NamedTuple):
-    """The settings that are searched.
+    """The settings that are searched; see `icl_compiler.program.Settings`.
 
-    >>> str(Variant("bm25", 4, "best-last", "classify")), str(Variant("uniform", 0, "best-first", "classify"))
-    ('bm25, 4 shots, best-last, classify', 'no shots, classify')
+    >>> str(Variant("bm25", 4, "best-last", 1, "classify")), str(Variant("uniform", 0, "best-first", 0, "classify"))
+    ('bm25, 4 shots, best-last, 1 per label, classify', 'no shots, classify')
     """
 
     retriever: str
     shots: int
     order: Order
+    per_label: int
     template: str
 
     def __str__(self) -> str:
         if not self.shots:
             return f"no shots, {self.template}"
-        return f"{self.retriever}, {self.shots} shot{'s' * (self.shots != 1)}, {self.order}, {self.template}"
+        labels = f", {self.per_label} per label" if self.per_label else ""
+        return f"{self.retriever}, {self.shots} shot{'s' * (self.shots != 1)}, {self.order}{labels}, {self.template}"
 
     def found_by(self, retriever: str) -> "Variant":
         """The same with another retriever, and the order that goes with it."""
@@ -39,7 +39,7 @@ class Variant(NamedTuple):
 
     def distinct(self) -> "Variant":
         """One for all that write the same prompts: without shots nothing depends on how they would be found."""
-        return self if self.shots else self.found_by("uniform")
+        return self if self.shots else self.found_by("uniform")._replace(per_label=0)
 
 
 class Variants:
@@ -53,8 +53,8 @@ class Variants:
     @property
     def own(self) -> Variant:
         """That of the base."""
-        settings = self.base.settings
-        return Variant(settings.retriever, settings.shots, settings.order, self.base.template.template.name).distinct()
+        settings, template = self.base.settings, self.base.template.template.name
+        return Variant(settings.retriever, settings.shots, settings.order, settings.per_label, template).distinct()
 
     def program(self, variant: Variant) -> Program:
         """The program.
@@ -65,7 +65,8 @@ class Variants:
         """
         encoded, pool = self._template(variant.template)
         index = self._index(variant.retriever)
-        settings = replace(self.base.settings, retriever=variant.retriever, shots=variant.shots, order=variant.order)
+        searched = {key: value for key, value in variant._asdict().items() if key != "template"}
+        settings = replace(self.base.settings, **searched)
         return replace(self.base, settings=settings, template=encoded, pool=pool, retriever=index)
 
     def most_shots(self) -> int:
