@@ -118,10 +118,10 @@ def compile_program(
         cache_block,
         block_share,
     )
-    return _laid_out(Program(settings, data.task, encoded, pool, index))
+    return laid_out(Program(settings, data.task, encoded, pool, index))
 
 
-def _laid_out(program: Program) -> Program:
+def laid_out(program: Program) -> Program:
     """The program with the blocks that its settings ask for, and what its prompts are expected to cost."""
     settings, pool = program.settings, program.pool
     rows, head = len(pool.data), len(program.template.head)
@@ -194,7 +194,7 @@ def with_pool(program: Program, data: Dataset) -> Program:
     places = np.array([place.get(text, -1) for text in program.pool.data.texts], dtype=np.int64)
     bare = replace(program, pool=encode_pool(program.template, data), retriever=index)
     bare = replace(bare, voters=None, calibration=NO_CALIBRATION)
-    return with_calibration(_laid_out(bare), program.calibration.moved(places))
+    return with_calibration(laid_out(bare), program.calibration.moved(places))
 
 
 def with_calibration(program: Program, calibration: Calibration) -> Program:

@@ -1,5 +1,6 @@
 """`icl compile`: labelled data in, a program out."""
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from icl_compiler.command_line import (
+    FiniteNumber,
     OutputFolder,
     TableName,
     WholeNumber,
     counted,
+    engine_options,
     json_option,
     label_column_option,
     model_option,
     print_json,
+    progress_bar,
     say,
     seed_option,
     target_column_option,
@@ -26,6 +30,7 @@ from icl_compiler.registry import RETRIEVERS
 if TYPE_CHECKING:
     from icl_compiler.data import Dataset
     from icl_compiler.layouts import Layout
+    from icl_compiler.optimise.judges import Metric
     from icl_compiler.program import Program
     from icl_compiler.selection import Order
 
@@ -34,6 +39,33 @@ if TYPE_CHECKING:
 @click.argument("data")
 @click.option(
     "-o", "--output", type=OutputFolder(), required=True, help="Program to write; one that is there is replaced."
+)
+@click.option(
+    "-O",
+    "level",
+    type=click.Choice(["0", "1", "2"]),
+    default="1",
+    help="How hard to look for good prompts. 0: random shots. 1: the nearest ones. 2: retriever, number, order and "
+    "balance of the shots and the template are searched on held-out rows, which runs the language model.",
+)
+@click.option(
+    "--search-queries",
+    default=1500,
+    type=WholeNumber(min=1),
+    help="Most prompts that -O2 asks the model.",
+)
+@click.option(
+    "--time-limit",
+    type=FiniteNumber(min=0, min_open=True),
+    metavar="MINUTES",
+    show_default="none",
+    help="After which -O2 takes the best so far; what that is depends on the machine.",
+)
+@click.option(
+    "--metric",
+    type=click.Choice(["likelihood", "exact-match"]),
+    default="likelihood",
+    help="What -O2 judges generated targets by; labels are judged by log-loss.",
 )
 @model_option
 @click.option(
@@ -45,8 +77,8 @@ if TYPE_CHECKING:
 @click.option("--budget", default=1024, type=WholeNumber(min=1), help="Most tokens in a prompt, its answer included.")
 @click.option(
     "--retriever",
-    default="dense",
     type=TableName("retriever", RETRIEVERS),
+    show_default="dense; uniform at -O0",
     help="How the shots for a text are found: dense (by meaning), bm25 (by words), hybrid (both), mmr or dpp (near, "
     "and unlike each other), coverage (together they hold the words of the text), cluster (its theme first), or the "
     "same for every text: votek (typical and diverse), uniform (random).",
@@ -115,15 +147,20 @@ if TYPE_CHECKING:
 @text_column_option
 @label_column_option
 @target_column_option
+@engine_options
 @seed_option
 @json_option
 def compile_command(
     data: str,
     output: Path,
+    level: str,
+    search_queries: int,
+    time_limit: float | None,
+    metric: "Metric",
     model: str,
     encoder: str,
     template: str | None,
-    retriever: str,
+    retriever: str | None,
     shots: int | None,
     budget: int,
     order: "Order | None",
@@ -139,26 +176,37 @@ def compile_command(
     text_column: str | None,
     label_column: str | None,
     target_column: str | None,
+    backend: str | None,
+    server: str | None,
+    in_flight: int | None,
+    dtype: str,
     seed: int,
     as_json: bool,
 ) -> None:
     """Turn labelled DATA into a program, which makes prompts.
 
     DATA is a CSV, TSV, JSONL, JSON or Parquet file, a folder that Hugging Face datasets saved
-    (FOLDER or FOLDER:SPLIT), or hf:NAME[:SPLIT]. A program is a folder. Compiling does not run the language
-    model; dense retrieval runs its encoder over all rows.
+    (FOLDER or FOLDER:SPLIT), or hf:NAME[:SPLIT]. A program is a folder. Up to -O1 compiling does not run the
+    language model; dense retrieval runs its encoder over all rows. -O2 searches; a setting that you name stays
+    as you say, and a search that is killed goes on with the same command.
 
     \b
       icl compile train.csv -o program
       icl compile train.csv -o program --label-column intent --budget 2048
       icl compile train.csv -o program --where lang=de --per-label 2
+      icl compile train.csv -o program -O2 --budget 512 --time-limit 30
       icl compile train.csv -o program --layout clustered --clusters 20
       icl compile hf:ag_news -o program --examples 1000 --test test.csv
     """
     from icl_compiler.artifact import require_replaceable, save_program
     from icl_compiler.compile import compile_program
     from icl_compiler.data import load_dataset
+    from icl_compiler.optimise.levels import DEFAULT_RETRIEVERS, optimise
+    from icl_compiler.optimise.trace import table
+    from icl_compiler.predictor import open_backend
 
+    if level != "2" and (backend or server or in_flight or dtype != "auto" or time_limit):
+        raise click.UsageError(f"-O{level} runs no model; --backend, --server, --dtype and --time-limit are for -O2")
     require_replaceable(output, kind="program")
     dataset = load_dataset(
         data, text_column=text_column, label_column=label_column, target_column=target_column, where=where
@@ -177,7 +225,7 @@ def compile_command(
         model=model,
         encoder=encoder,
         template=template,
-        retriever=retriever,
+        retriever=retriever or DEFAULT_RETRIEVERS[int(level)],
         shots=shots,
         budget=budget,
         examples=examples,
@@ -193,7 +241,30 @@ def compile_command(
     if too_long := _never_fit(program):
         warnings.append(f"{counted(too_long, 'row')} too long to be a shot in a prompt of {budget:,} tokens (--budget)")
         say(f"Warning: {warnings[-1]}")
-    save_program(program, output)
+    trace: list[dict[str, Any]] = []
+    if level == "2":
+        named = {"retriever": retriever, "shots": shots, "order": order, "per_label": per_label, "template": template}
+        log = output.with_name(f"{output.name}.search.jsonl")
+        engine = open_backend(backend, model, dtype=dtype, server=server, in_flight=in_flight)
+        try:
+            with progress_bar("searching", search_queries, "prompt") as advance:
+                program, trace = optimise(
+                    program,
+                    engine,
+                    fixed=frozenset(name for name, value in named.items() if value is not None),
+                    queries=search_queries,
+                    time_limit_s=60 * (time_limit or math.inf),
+                    metric=metric,
+                    log=log,
+                    progress=advance,
+                )
+        except BaseException:
+            if log.exists():
+                say(f"What the model said so far is kept in {log}; the same command goes on from there.")
+            raise
+    save_program(program, output, trace=trace)
+    if trace:
+        log.unlink(missing_ok=True)
     summary: dict[str, Any] = {
         "program": str(output),
         "task": program.task,
@@ -201,20 +272,25 @@ def compile_command(
         "labels": len(program.labels),
         "corrections": corrections,
         "model": model,
-        "retriever": retriever,
+        "level": int(level),
+        "retriever": program.settings.retriever,
         "shots": program.settings.shots,
         "layout": layout,
         "blocks": 0 if program.blocks is None else len(program.blocks),
         "expected": program.expected and program.expected._asdict(),
         "order": program.settings.order,
-        "per_label": per_label or 0,
+        "per_label": program.settings.per_label,
+        "template": program.template.template.name,
         "budget": budget,
         "tokens_per_shot": round(len(program.pool.tokens) / max(1, len(program.pool.data)), 1),
+        "search": trace[0] if trace else None,
         "warnings": warnings,
     }
     if as_json:
         print_json(summary)
         return
+    if trace:
+        click.echo(f"{table(trace)}\n")
     kind = f"{summary['labels']} labels" if program.labels else "text to text"
     corrected = f" ({counted(corrections, 'correction')} put in)" if from_feedback else ""
     click.echo(

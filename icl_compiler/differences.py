@@ -72,9 +72,7 @@ def _rows(first: Program, second: Program) -> list[str]:
     told = []
     for name, a, b in _both(*answers):
         if lone := [text for text in a if text not in b]:
-            told.append(
-                f"{len(lone):,} of {len(a):,} texts stand in the pool of {name} only, such as {_short(lone[0])}"
-            )
+            told.append(f"{len(lone):,} of {len(a):,} texts stand in {name}'s pool only, such as {_short(lone[0])}")
     changed = [text for text, answer in answers[0].items() if answers[1].get(text, answer) != answer]
     if changed:
         text = changed[0]

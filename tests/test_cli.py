@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from tiny_model import save_tiny_model
+from toys import in_a_new_process
 
 from evaluation.reference.trainer import load_reference
 from icl_compiler.artifact import load_program
@@ -627,3 +628,68 @@ def test_a_bar_appears_on_terminals_only(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(sys, "stderr", stream)
         with new_bar("predicting", "text", 3) as bar:
             assert bar.disable is not terminal
+
+
+# levels
+
+
+def searched(*arguments: object) -> str:
+    return done("compile", "train.csv", "-o", "p", "--model", "echo", "--budget", 400, *arguments)
+
+
+def test_o2_searches_and_tells_what_it_tried(here: Path) -> None:
+    said = searched("-O2", "--retriever", "bm25", "--shots", 2, "--search-queries", 200)
+    assert said.startswith("-O2: log-loss on 18 held-out rows of the pool; ")
+    assert "race of order, labels and template" in said
+    settings = load_program(here / "p").settings
+    assert (settings.retriever, settings.shots) == ("bm25", 2)
+    assert [path.name for path in here.glob("*search*")] == []
+    assert said.rpartition("\n\n")[0] in done("explain", "p")
+    trace = json.loads(done("explain", "p", "--json"))["trace"]
+    assert trace[0]["prompts_asked"] <= 200
+    assert {row["race"] for row in trace[1:]} >= {"order, labels and template"}
+
+
+def test_o0_takes_random_shots_and_o1_the_nearest(here: Path) -> None:
+    searched("-O0")
+    assert load_program(here / "p").settings.retriever == "uniform"
+    assert "no search: compiled at -O0 or -O1" in done("explain", "p")
+    searched("-O0", "--retriever", "bm25")
+    assert load_program(here / "p").settings.retriever == "bm25"
+
+
+def test_options_of_the_search_are_refused_without_it(here: Path) -> None:
+    said = icl("compile", "train.csv", "-o", "p", "--model", "echo", "--time-limit", 1)
+    assert (said.exit_code, "-O1 runs no model" in said.stderr) == (2, True)
+
+
+def test_diff_names_what_differs(program: Path, here: Path) -> None:
+    done("compile", "train.csv", "-o", "other", "--model", "echo", "--retriever", "uniform", "--shots", 1)
+    said = done("diff", program, "other").splitlines()
+    assert said[0] == f"A is {program}, B is other"
+    assert "retriever: bm25 in A, uniform in B" in said
+    assert json.loads(done("diff", program, "other", "--json"))["facts"]["retriever"] == ["bm25", "uniform"]
+    assert done("diff", program, program) == f"{program} and {program} are the same program\n"
+
+
+SEARCH = """
+import json, sys
+import torch
+torch.set_num_threads(int(sys.argv[1]))
+from icl_compiler.cli import main
+try:
+    main(["compile", *sys.argv[2:], "--json"])
+except SystemExit as end:
+    assert not end.code
+"""
+
+
+def test_the_same_search_gives_the_same_bytes_in_every_process_and_on_two_threads(tiny: Path, here: Path) -> None:
+    asked = ("-O2", "--model", tiny, "--dtype", "float32", "--budget", 220, "--search-queries", 120)
+    fixed = ("--retriever", "bm25", "--template", "classify")
+    folders = [here / name for name in ("one", "two", "three")]
+    for threads, folder in zip((1, 1, 2), folders, strict=True):
+        in_a_new_process(SEARCH, threads, here / "train.csv", "-o", folder, *asked, *fixed, hash_seed=threads)
+    contents = [{path.relative_to(f): path.read_bytes() for path in f.rglob("*") if path.is_file()} for f in folders]
+    assert contents[0] == contents[1] == contents[2]
+    assert Path("trace.jsonl") in contents[0]

@@ -60,11 +60,6 @@ class ScoreLog:
         self._used |= set(keys)
         return [self._kept[key] for key in keys]
 
-    def remove(self) -> None:
-        """Remove the file: the search is done."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
 
 def _key(about: str, prompt: TokenIds) -> str:
     return sha256(f"{about}\n{' '.join(map(str, prompt))}".encode()).hexdigest()

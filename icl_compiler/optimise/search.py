@@ -83,6 +83,8 @@ class _Search:
                 runners.append(variant)
             except ICLError as error:
                 self._tell(name, variant, queries=0, why=f"not tried: {error}")
+        if len(runners) == 1:
+            return runners
         self._notify(f"{name}: {len(runners)} variants")
         budget = int(self._left * SHARES[name])
         paid = [self._paid.get(variant, 0) for variant in runners]

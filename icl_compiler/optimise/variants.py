@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from icl_compiler.compile import new_retriever
+from icl_compiler.compile import laid_out, new_retriever
 from icl_compiler.program import SAME_FOR_ALL, Pool, Program, encode_pool
 from icl_compiler.selection import Order
 from icl_compiler.templates import EncodedTemplate, Template
@@ -43,7 +43,7 @@ class Variant(NamedTuple):
 
 
 class Variants:
-    """The variants of `base`: all have its model, pool, budget and seed."""
+    """The variants of `base`: all have its model, pool, budget, layout and seed."""
 
     def __init__(self, base: Program) -> None:
         self.base = base
@@ -67,7 +67,10 @@ class Variants:
         index = self._index(variant.retriever)
         searched = {key: value for key, value in variant._asdict().items() if key != "template"}
         settings = replace(self.base.settings, **searched)
-        return replace(self.base, settings=settings, template=encoded, pool=pool, retriever=index)
+        program = replace(
+            self.base, settings=settings, template=encoded, pool=pool, retriever=index, blocks=None, expected=None
+        )
+        return program if settings.layout == "per-query" else laid_out(program)
 
     def most_shots(self) -> int:
         """How many shots of middling length fit the budget, beside such a query; at least 1."""

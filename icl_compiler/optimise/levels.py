@@ -1,0 +1,107 @@
+"""The levels of `icl compile`, and what each of them does.
+
+    -O0   random shots, the same for every text
+    -O1   the nearest shots by meaning; no model runs
+    -O2   retriever, number, order and balance of shots and template are searched on held-out rows of the pool
+
+- What the user names is not searched: `--retriever bm25 -O2` looks for the best program with bm25.
+- -O2 starts from -O1, and compares with it once more at the end.
+- Held-out rows are all rows of the pool that can be a query, in one random order, each asked without itself.
+"""
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+
+from icl_compiler.backends.backend import Backend, Progress
+from icl_compiler.compile import Notify, laid_out
+from icl_compiler.errors import DataError
+from icl_compiler.optimise.judges import Asker, Judge, LabelJudge, Metric, TargetJudge
+from icl_compiler.optimise.score_log import ScoreLog
+from icl_compiler.optimise.search import Space, search
+from icl_compiler.optimise.variants import Variants
+from icl_compiler.program import Program
+from icl_compiler.registry import RETRIEVERS
+from icl_compiler.selection import Order
+
+DEFAULT_RETRIEVERS = {0: "uniform", 1: "dense", 2: "dense"}
+TEMPLATES = {"classification": ("classify", "classify_chat"), "generation": ("generate",)}
+QUERIES = 1500
+"""Model calls of a search, if nothing else is said."""
+LEAST_ROWS = 8
+
+
+class Optimised(NamedTuple):
+    """The program that was found, and what was tried: first how, then a row for each variant in each race."""
+
+    program: Program
+    trace: list[dict[str, Any]]
+
+
+def optimise(
+    base: Program,
+    backend: Backend,
+    *,
+    fixed: frozenset[str] = frozenset(),
+    queries: int = QUERIES,
+    time_limit_s: float = float("inf"),
+    metric: Metric = "likelihood",
+    log: Path | None = None,
+    progress: Progress | None = None,
+    notify: Notify | None = None,
+) -> Optimised:
+    """The best program that -O2 finds around `base`.
+
+    Args:
+        fixed: names of settings that stay as they are in `base`, of those in `Variant`.
+        queries: most model calls, one for each prompt that is scored.
+        time_limit_s: after which the best so far is taken. What it is then depends on the machine.
+        metric: for targets; labels are judged by log-loss.
+        log: file that keeps what the model says, so that a search that was killed goes on; see `ScoreLog`.
+
+    Raises:
+        DataError: if there are too few rows to hold some out.
+    """
+    started = time.monotonic()
+    answers = ScoreLog(log)
+    asker = Asker(backend, answers, deadline=started + time_limit_s, progress=progress)
+    variants = Variants(base)
+    space = _space(variants, fixed)
+    rows = variants.askable([variants.own.template])
+    if len(rows) < LEAST_ROWS:
+        raise DataError(
+            f"{len(rows)} rows of the pool can be asked within the budget, and a search holds out {LEAST_ROWS} at "
+            "least; give more rows, or compile with -O1"
+        )
+    rows = np.random.default_rng(base.settings.seed).permutation(rows)
+    judge: Judge = LabelJudge(asker, base, rows) if base.labels else TargetJudge(asker, base, rows, metric)
+    found = search(variants, judge, space, budget=queries, notify=notify or (lambda _: None))
+    how = {
+        "level": 2,
+        "risk": judge.risk,
+        "rows": len(rows),
+        "search_queries": queries,
+        "prompts_asked": answers.asked,
+        "time_was_up": any("time was up" in row["why"] for row in found.trace),
+        "model": backend.model,
+        "device": backend.device,
+        "seed": base.settings.seed,
+    }
+    return Optimised(laid_out(variants.program(found.variant)), [how, *found.trace])
+
+
+def _space(variants: Variants, fixed: frozenset[str]) -> Space:
+    """All values of the settings that are not `fixed`."""
+    own = variants.own
+    settings = variants.base.settings
+    powers = [0, *(2**i for i in range((variants.most_shots() - 1).bit_length() + 1))]
+    labelled = bool(variants.base.labels)
+    return Space(
+        retrievers=[settings.retriever] if "retriever" in fixed else list(RETRIEVERS),
+        shots=[settings.shots] if "shots" in fixed else powers,
+        orders=[own.order] if "order" in fixed else [o for o in get_args(Order) if labelled or o != "by-label"],
+        per_label=[own.per_label] if "per_label" in fixed or not labelled else [0, 1],
+        templates=[own.template] if "template" in fixed else TEMPLATES[variants.base.task],
+    )
