@@ -108,8 +108,9 @@ def race(
                 paid[c] = max(n, paid[c])
         except OutOfTime:
             late = True
-            exits |= {c: (number, "not tried: the time was up") for c in left if c not in known}
-            left = [c for c in left if c in known] or left[:1]
+            asked = [c for c in left if c in known] or left[:1]
+            exits |= {c: (number, "not tried: the time was up") for c in left if c not in asked}
+            left = asked
         means = _means(left, known)
         best = min(left, key=lambda c: (means[c], c))
         if late:
