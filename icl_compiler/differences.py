@@ -35,7 +35,8 @@ class Differences(NamedTuple):
 def facts(program: Program) -> dict[str, Any]:
     """How a program was made, by the names of its settings."""
     told = {"task": program.task, **asdict(program.settings)}
-    told |= {"template": program.template.template.name, "rows": len(program.pool.data)}
+    told |= {"template": program.template.template.name, "calibration": program.calibration.describe()}
+    told["rows"] = len(program.pool.data)
     return told | ({"labels": len(program.labels)} if program.labels else {})
 
 

@@ -11,13 +11,19 @@ from hashed_words import HashedWords
 from toys import customers, plain_template
 
 from icl_compiler import compile as compiling
+from icl_compiler.backends.backend import Usage
 from icl_compiler.backends.echo import EchoBackend
+from icl_compiler.calibration.calibrating import held_out_of, with_voters
+from icl_compiler.calibration.choosing import fit_and_choose
 from icl_compiler.compile import compile_program
 from icl_compiler.data import Dataset
+from icl_compiler.errors import DataError, LabelError
 from icl_compiler.optimise.judges import Asker, LabelJudge, TargetJudge
+from icl_compiler.optimise.levels import optimise
 from icl_compiler.optimise.score_log import ScoreLog
 from icl_compiler.optimise.search import Space, search
 from icl_compiler.optimise.variants import Variant, Variants
+from icl_compiler.predictor import Predictions, PromptedPredictor
 
 SPACE = Space(
     ("uniform", "bm25", "coverage"), (0, 1, 2, 4), ("best-last", "best-first", "random"), (0, 1), ("classify",)
@@ -53,7 +59,8 @@ def variants(data=None, **settings):
 
 def judged(made, backend=None, log=None, **settings):
     rows = np.random.default_rng(0).permutation(made.askable(["classify"]))
-    return LabelJudge(Asker(backend or CountingEcho(), ScoreLog(log), **settings), made.base, rows)
+    asker = Asker(backend or CountingEcho(), ScoreLog(log), **settings)
+    return LabelJudge(asker, made.base, rows, calibration="normalise")
 
 
 def test_the_planted_retriever_wins_with_as_many_shots_as_help():
@@ -177,6 +184,99 @@ def pairs():
     """The target is the text again, of one of a few words."""
     words = [f"word{i % 7} {i}" for i in range(60)]
     return Dataset(tuple(words), tuple(words), "generation", "pairs")
+
+
+@pytest.fixture
+def encoder_without_a_model(monkeypatch):
+    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
+
+
+def test_a_variant_is_judged_by_what_it_adds_to_the_neighbours(encoder_without_a_model):
+    made = variants()
+    rows = np.random.default_rng(0).permutation(90)
+    judge = LabelJudge(Asker(EchoBackend(), ScoreLog(None)), made.base, rows)
+    variant = Variant("bm25", 2, "best-last", 0, "classify")
+    program = made.program(variant)
+    # The same queries by the other way to the same numbers: the calibration's own way of asking.
+    asked = with_voters(program)
+    prompts = asked.prompts([program.pool.data.texts[row] for row in rows[:50]])
+    scores = EchoBackend().label_logprobs([prompt.tokens for prompt in prompts], program.label_words)
+    expected = fit_and_choose(held_out_of(asked, rows[:50].tolist(), prompts, scores), ["mixture"]).candidates[-1]
+    assert expected.name == "mixture"
+    assert judge.losses(variant, program, 50).mean() == pytest.approx(expected.risk)
+    few = np.exp(scores.logprobs[:5])
+    right = [program.labels.index(program.pool.data.answers[row]) for row in rows[:5]]
+    assert judge.losses(variant, program, 5) == pytest.approx(-np.log(few[range(5), right] / few.sum(axis=1)))
+
+
+class Blind(EchoBackend):
+    """A model that says the same of every prompt."""
+
+    def label_logprobs(self, prompts, label_words, *, progress=None):
+        scores = super().label_logprobs(prompts, label_words)
+        return scores._replace(logprobs=np.full_like(scores.logprobs, np.log(0.2)))
+
+
+def test_with_a_model_that_knows_nothing_the_program_is_the_vote(encoder_without_a_model):
+    made = variants()
+    program, trace = optimise(made.base, Blind(), queries=300)
+    said = PromptedPredictor(program, Blind()).predict(["card x1", "parcel x2", "refund x3"])
+    assert [said.labels[i] for i in said.best] == ["card", "parcel", "refund"]
+    assert said.probabilities.max(axis=1).min() > 0.9
+    assert program.calibration.method in ("mixture", "product")
+    [chosen] = [row for row in trace if row.get("why", "").startswith("chosen: ")]
+    assert chosen["calibration"] == program.calibration.method
+    assert trace[0]["prompts_asked"] <= 300
+
+
+class Reference:
+    """Says the first label of every text."""
+
+    labels = ("card", "parcel", "refund")
+
+    def predict(self, texts, *, progress=None):
+        nothing = np.zeros(len(texts), dtype=np.int64)
+        return Predictions(self.labels, np.tile([1.0, 0, 0], (len(texts), 1)), nothing, Usage(0, 0, 0), 0.0)
+
+
+def test_a_reference_is_approximated_in_place_of_the_labels(encoder_without_a_model):
+    made = variants()
+    program, trace = optimise(made.base, EchoBackend(), queries=300, reference=Reference())
+    assert trace[0]["risk"] == "TV to the reference"
+    said = PromptedPredictor(program, EchoBackend()).predict(["parcel x2", "refund x3"])
+    assert said.probabilities[:, 0].min() > 0.6
+    with pytest.raises(LabelError, match="other labels than the program"):
+        optimise(variants(customers(), budget=900).base, EchoBackend(), reference=Others())
+
+
+class Others(Reference):
+    labels = ("a", "b", "c")
+
+
+def test_one_calibration_can_be_asked_for(encoder_without_a_model):
+    program, _ = optimise(variants().base, EchoBackend(), queries=300, calibrations=["temperature"])
+    assert program.calibration.method == "temperature"
+    program, _ = optimise(variants().base, EchoBackend(), queries=300, calibrations=["none"])
+    assert program.calibration.method == "none"
+
+
+def test_too_few_rows_are_refused_and_few_queries_are_not(encoder_without_a_model):
+    with pytest.raises(DataError, match="7 rows of the pool can be asked within the budget, and a search holds out 8"):
+        optimise(variants(words_with_labels(7)).base, EchoBackend())
+    program, trace = optimise(variants().base, EchoBackend(), queries=5)
+    assert program.calibration.method == "none"
+    assert trace[0]["prompts_asked"] <= 5
+
+
+def test_what_is_named_is_not_searched(encoder_without_a_model):
+    names = {"retriever", "shots", "order", "per_label", "template"}
+    for free in names:
+        _, trace = optimise(variants().base, EchoBackend(), queries=200, fixed=frozenset(names - {free}))
+        raced = [row for row in trace if "race" in row]
+        assert {name for name in names if len({row[name] for row in raced}) > 1} <= {free, "order", "per_label"}, free
+    program, trace = optimise(variants().base, EchoBackend(), queries=200, fixed=frozenset(names))
+    assert [row for row in trace if "race" in row] == []
+    assert program.settings == variants().base.settings
 
 
 @pytest.mark.parametrize("metric", ["likelihood", "exact-match"])

@@ -25,7 +25,8 @@ QUERIES = 200
 """Held-out queries, if nothing else is said."""
 _PRIOR_PROMPTS = 21
 _CONTENT_FREE = ("N/A", "[MASK]", "")
-_WITH_VOTERS = ("mixture", "product")
+WITH_VOTERS = ("mixture", "product")
+"""Calibrations that count votes of neighbours."""
 
 
 def calibrate(
@@ -68,16 +69,13 @@ def score_held_out(
     """Ask the model, and the reference if there is one, about rows of the pool; see `calibrate`."""
     if program.task != "classification":
         raise LabelError("this program generates text, it has no labels whose probabilities could be calibrated")
-    if reference is not None and set(reference.labels) != set(program.labels):
-        raise LabelError(
-            "the reference has other labels than the program; calibrate against one trained on the same data"
-        )
+    require_same_labels(program, reference)
     names = tuple(CALIBRATIONS) if candidates is None else tuple(candidates)
     draw = np.random.default_rng(seed)
     count = min(queries, len(program.pool.data))
     rows = np.sort(draw.choice(len(program.pool.data), size=count, replace=False))
     texts = [program.pool.data.texts[row] for row in rows.tolist()]
-    asked = with_voters(program) if set(names) & set(_WITH_VOTERS) else program
+    asked = with_voters(program) if set(names) & set(WITH_VOTERS) else program
     prompts = asked.prompts(texts)
     extra = {name: _prior_prompts(name, program, prompts, texts, draw) for name in names}
     every = [prompt.tokens for prompt in prompts] + [tokens for some in extra.values() for tokens in some]
@@ -94,6 +92,18 @@ def score_held_out(
         of_reference = said.probabilities[:, [said.labels.index(label) for label in program.labels]]
     found = held_out_of(asked, rows.tolist(), prompts, scores)
     return HeldOut(found.rows, found.labels, found.evidence, priors, of_reference, scores.usage)
+
+
+def require_same_labels(program: Program, reference: Predictor | None) -> None:
+    """Refuse a reference with other labels than the program's.
+
+    Raises:
+        LabelError: if it has.
+    """
+    if reference is not None and set(reference.labels) != set(program.labels):
+        raise LabelError(
+            "the reference has other labels than the program; calibrate against one trained on the same data"
+        )
 
 
 def with_voters(program: Program) -> Program:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from icl_compiler.calibration.held_out import HeldOut
 from icl_compiler.calibration.law import Calibration, Evidence, Measured
@@ -90,35 +90,53 @@ def fit_and_choose(held_out: HeldOut, candidates: Sequence[str] | None = None) -
         )
     names = CALIBRATIONS if candidates is None else dict.fromkeys(["none", *candidates])
     order = [*(name for name in CALIBRATIONS if name in names), *(name for name in names if name not in CALIBRATIONS)]
-    fold = np.random.default_rng(0).permutation(queries) % _FOLDS
     found: list[Candidate] = []
     risks: list[Float[np.ndarray, " queries"]] = []
     for name in order:
-        method = resolve("calibration", CALIBRATIONS, name)
-        fitted: list[Calibration] = method(held_out)
-        if not fitted:
+        validated = cross_validated(held_out, name)
+        if validated is None:
             continue
-        said = np.empty((len(fitted), queries))
-        right = np.empty((len(fitted), queries), dtype=bool)
-        for number in range(_FOLDS):
-            train, test = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
-            for variant, calibration in enumerate(method(held_out.take(train))):
-                asked = held_out.take(test)
-                law = calibration.law(_evidence(calibration, asked, held_out))
-                said[variant, test] = asked.risks(law)
-                right[variant, test] = law.probabilities.argmax(axis=1) == asked.labels
-        best = int(said.mean(axis=1).argmin())
-        risks.append(said[best])
-        risk, saved = _with_interval(said[best]), _with_interval(risks[0] - said[best])
+        fitted, own, right = validated
+        risks.append(own)
+        risk, saved = _with_interval(own), _with_interval(risks[0] - own)
         measured = Measured(queries, held_out.risk, float(risks[0].mean()), risk[0])
-        calibration = fitted[best] if name == "none" else replace(fitted[best], measured=measured)
-        found.append(Candidate(calibration, *risk, *saved, float(right[best].mean())))
+        calibration = fitted if name == "none" else replace(fitted, measured=measured)
+        found.append(Candidate(calibration, *risk, *saved, float(right.mean())))
     lowest = min(range(len(found)), key=lambda i: found[i].risk)
     chosen = next(i for i in range(len(found)) if i == lowest or _no_worse(risks[i], risks[lowest]))
     why = f"{found[lowest].name} has the lowest risk"
     if chosen != lowest:
         why += f", and the simpler {found[chosen].name} is within one standard error of it"
     return Choice(found[chosen].calibration, why, tuple(found), queries, held_out.risk)
+
+
+class CrossValidated(NamedTuple):
+    """A calibration, fitted to all queries; the risks, and whether it is right, are of fits without the query."""
+
+    calibration: Calibration
+    risks: Float[np.ndarray, " queries"]
+    right: Bool[np.ndarray, " queries"]
+
+
+def cross_validated(held_out: HeldOut, name: str) -> CrossValidated | None:
+    """The calibration `name` on held-out queries, in five folds; `None` if they lack what it needs."""
+    queries = len(held_out.rows)
+    method = resolve("calibration", CALIBRATIONS, name)
+    fitted: list[Calibration] = method(held_out)
+    if not fitted:
+        return None
+    fold = np.random.default_rng(0).permutation(queries) % _FOLDS
+    said = np.empty((len(fitted), queries))
+    right = np.empty((len(fitted), queries), dtype=bool)
+    for number in range(min(_FOLDS, queries)):
+        train, test = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
+        for variant, calibration in enumerate(method(held_out.take(train))):
+            asked = held_out.take(test)
+            law = calibration.law(_evidence(calibration, asked, held_out))
+            said[variant, test] = asked.risks(law)
+            right[variant, test] = law.probabilities.argmax(axis=1) == asked.labels
+    best = int(said.mean(axis=1).argmin())
+    return CrossValidated(fitted[best], said[best], right[best])
 
 
 def _evidence(calibration: Calibration, asked: HeldOut, everyone: HeldOut) -> Evidence:

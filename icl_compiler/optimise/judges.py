@@ -1,21 +1,30 @@
 """What a variant costs on held-out queries: rows of the pool, each asked without itself.
 
 - The queries are the same for all variants, in one random order, so that differences between variants are paired.
-- Labels: log-loss of the right label, renormalised over the labels.
+- Labels: log-loss of the right label, or the total variation to a reference; after a calibration that is fitted
+  without the query. By default that is the mixture of model and votes, so that a prompt is judged by what it adds to
+  the neighbours. Below ten queries nothing is fitted, the law is renormalised only.
 - Targets: negative log-likelihood of the target, or whether greedy decoding misses it.
 """
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int64
 
 from icl_compiler.backends.backend import Backend, Progress
+from icl_compiler.calibration.calibrating import WITH_VOTERS, require_same_labels, with_voters
+from icl_compiler.calibration.choosing import LEAST_QUERIES, cross_validated
+from icl_compiler.calibration.held_out import HeldOut
+from icl_compiler.calibration.law import Evidence
+from icl_compiler.calibration.votes import Voters
 from icl_compiler.optimise.racing import OutOfTime
 from icl_compiler.optimise.score_log import Answer, ScoreLog
 from icl_compiler.optimise.variants import Variant
+from icl_compiler.predictor import Predictor
 from icl_compiler.program import Program
 from icl_compiler.tokenizer import TokenIds
 
@@ -87,24 +96,75 @@ class Asker:
 
 
 class LabelJudge:
-    """Log-loss of the right labels."""
+    """Log-loss of the right labels, or total variation to a reference.
 
-    risk = "log-loss"
+    Args:
+        calibration: name of the calibration after which a variant is judged.
+        reference: whose law is to be approximated, in place of the right labels.
+    """
 
-    def __init__(self, asker: Asker, program: Program, rows: Int64[np.ndarray, " queries"]) -> None:
+    def __init__(
+        self,
+        asker: Asker,
+        program: Program,
+        rows: Int64[np.ndarray, " queries"],
+        *,
+        calibration: str = "mixture",
+        reference: Predictor | None = None,
+    ) -> None:
+        require_same_labels(program, reference)
         self.rows = rows
+        self.risk = "log-loss" if reference is None else "TV to the reference"
         self._asker = asker
-        data = program.pool.data
-        self._texts = [data.texts[row] for row in rows.tolist()]
-        self._labels = np.array([program.labels.index(data.answers[row]) for row in rows.tolist()], dtype=np.int64)
+        self._calibration = calibration
+        self._reference = reference
+        self._program = with_voters(_without_shots(program)) if calibration in WITH_VOTERS else None
+        self._labels = program.labels
+        self._texts = [program.pool.data.texts[row] for row in rows.tolist()]
         self._answers: dict[Variant, list[Answer]] = {}
+        self._voters: list[Voters] = []
+        self._targets: list[Float[np.ndarray, "some labels"]] = []
+
+    def asked(self, variant: Variant) -> int:
+        """How many of the queries the variant was asked."""
+        return len(self._answers.get(variant, []))
 
     def losses(self, variant: Variant, program: Program, queries: int) -> Float[np.ndarray, " queries"]:
         """See `Judge`."""
-        logprobs = np.array([answer[0] for answer in self._answered(variant, program, queries)])
-        logprobs = logprobs - np.logaddexp.reduce(logprobs, axis=1, keepdims=True)
-        losses: Float[np.ndarray, " queries"] = -logprobs[np.arange(queries), self._labels[:queries]]
-        return losses
+        held_out = self.held_out(variant, program, queries)
+        name = self._calibration if queries >= LEAST_QUERIES or self._calibration == "none" else "normalise"
+        validated = cross_validated(held_out, name) or cross_validated(held_out, "normalise")
+        assert validated is not None, "normalise needs nothing"
+        return validated.risks
+
+    def held_out(self, variant: Variant, program: Program, queries: int) -> HeldOut:
+        """What the model, the other rows and the reference say of the first `queries` queries.
+
+        Raises:
+            OutOfTime: if the time is up before all of them were asked.
+        """
+        answers = self._answered(variant, program, queries)
+        logprobs = np.array([answer[0] for answer in answers])
+        upper = np.array([answer[1] for answer in answers]) if len(answers[0]) > 1 else None
+        self._complete(queries)
+        voters = Voters.joined(self._voters).take(np.arange(queries)) if self._voters else None
+        reference = np.concatenate(self._targets)[:queries] if self._targets else None
+        rows = self.rows[:queries]
+        number = {label: i for i, label in enumerate(program.labels)}
+        labels = np.array([number[program.pool.data.answers[row]] for row in rows.tolist()], dtype=np.int64)
+        return HeldOut(rows, labels, Evidence(logprobs, upper, voters), reference=reference)
+
+    def _complete(self, queries: int) -> None:
+        """Ask neighbours and reference about the first `queries` queries: that is the same for all variants."""
+        known = sum(len(part.labels) for part in self._voters)
+        if self._program is not None and known < queries:
+            prompts = self._program.prompts(self._texts[known:queries])
+            self._voters += [prompt.voters for prompt in prompts if prompt.voters is not None]
+        known = sum(len(part) for part in self._targets)
+        if self._reference is not None and known < queries:
+            said = self._reference.predict(self._texts[known:queries])
+            order = [said.labels.index(label) for label in self._labels]
+            self._targets.append(said.probabilities[:, order])
 
     def _answered(self, variant: Variant, program: Program, queries: int) -> list[Answer]:
         words = program.label_words
@@ -177,3 +237,7 @@ def _parted(pairs: Sequence[TokenIds]) -> tuple[list[list[int]], list[list[int]]
     """Prompts and targets."""
     found = [(list(pair), list(pair).index(_THEN)) for pair in pairs]
     return [pair[:at] for pair, at in found], [pair[at + 1 :] for pair, at in found]
+
+
+def _without_shots(program: Program) -> Program:
+    return replace(program, settings=replace(program.settings, shots=0), blocks=None)

@@ -6,22 +6,29 @@
 
 - What the user names is not searched: `--retriever bm25 -O2` looks for the best program with bm25.
 - -O2 starts from -O1, and compares with it once more at the end.
+- At -O2 a program of labels is calibrated with what the search has asked already; the mixture of model and votes is
+  among the candidates, so that the neighbours alone are.
 - Held-out rows are all rows of the pool that can be a query, in one random order, each asked without itself.
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
 from icl_compiler.backends.backend import Backend, Progress
-from icl_compiler.compile import Notify, laid_out
+from icl_compiler.calibration.calibrating import QUERIES as CALIBRATION_QUERIES
+from icl_compiler.calibration.choosing import LEAST_QUERIES, fit_and_choose
+from icl_compiler.compile import Notify, laid_out, with_calibration
 from icl_compiler.errors import DataError
 from icl_compiler.optimise.judges import Asker, Judge, LabelJudge, Metric, TargetJudge
+from icl_compiler.optimise.racing import OutOfTime
 from icl_compiler.optimise.score_log import ScoreLog
 from icl_compiler.optimise.search import Space, search
-from icl_compiler.optimise.variants import Variants
+from icl_compiler.optimise.variants import Variant, Variants
+from icl_compiler.predictor import Predictor
 from icl_compiler.program import Program
 from icl_compiler.registry import RETRIEVERS
 from icl_compiler.selection import Order
@@ -47,6 +54,8 @@ def optimise(
     fixed: frozenset[str] = frozenset(),
     queries: int = QUERIES,
     time_limit_s: float = float("inf"),
+    calibrations: Sequence[str] | None = None,
+    reference: Predictor | None = None,
     metric: Metric = "likelihood",
     log: Path | None = None,
     progress: Progress | None = None,
@@ -58,11 +67,16 @@ def optimise(
         fixed: names of settings that stay as they are in `base`, of those in `Variant`.
         queries: most model calls, one for each prompt that is scored.
         time_limit_s: after which the best so far is taken. What it is then depends on the machine.
+        calibrations: of which the best is taken, and with which variants are judged if it is one; by default all that
+            need no further prompts.
+        reference: whose law is to be approximated, in place of the right labels.
         metric: for targets; labels are judged by log-loss.
         log: file that keeps what the model says, so that a search that was killed goes on; see `ScoreLog`.
 
     Raises:
         DataError: if there are too few rows to hold some out.
+        LabelError: if the reference has other labels.
+        CalibrationError: if none of the calibrations can be fitted to what was asked.
     """
     started = time.monotonic()
     answers = ScoreLog(log)
@@ -76,20 +90,61 @@ def optimise(
             "least; give more rows, or compile with -O1"
         )
     rows = np.random.default_rng(base.settings.seed).permutation(rows)
-    judge: Judge = LabelJudge(asker, base, rows) if base.labels else TargetJudge(asker, base, rows, metric)
+    judge: Judge
+    if base.labels:
+        after = calibrations[0] if calibrations is not None and len(calibrations) == 1 else "mixture"
+        judge = LabelJudge(asker, base, rows, calibration=after, reference=reference)
+    else:
+        judge = TargetJudge(asker, base, rows, metric)
     found = search(variants, judge, space, budget=queries, notify=notify or (lambda _: None))
+    program, trace = laid_out(variants.program(found.variant)), found.trace
+    if isinstance(judge, LabelJudge):
+        left = queries - answers.asked
+        program, told = _calibrated(program, judge, found.variant, calibrations, left)
+        trace = [*trace, *told]
     how = {
         "level": 2,
         "risk": judge.risk,
         "rows": len(rows),
         "search_queries": queries,
         "prompts_asked": answers.asked,
-        "time_was_up": any("time was up" in row["why"] for row in found.trace),
+        "time_was_up": any("time was up" in row["why"] for row in trace),
         "model": backend.model,
         "device": backend.device,
         "seed": base.settings.seed,
     }
-    return Optimised(laid_out(variants.program(found.variant)), [how, *found.trace])
+    return Optimised(program, [how, *trace])
+
+
+def _calibrated(
+    program: Program, judge: LabelJudge, variant: Variant, names: Sequence[str] | None, left: int
+) -> tuple[Program, list[dict[str, Any]]]:
+    """The program, calibrated with what it was asked already, and up to 200 queries of what is `left`."""
+    asked = judge.asked(variant)
+    wanted = min(len(judge.rows), max(asked, min(CALIBRATION_QUERIES, asked + left)))
+    try:
+        held_out = judge.held_out(variant, program, wanted)
+    except OutOfTime:
+        if asked < LEAST_QUERIES:
+            return program, [{"calibration": "none", "queries": asked, "why": "chosen: the time was up"}]
+        held_out = judge.held_out(variant, program, asked)
+    if len(held_out.rows) < LEAST_QUERIES:
+        return program, [{"calibration": "none", "queries": asked, "why": "chosen: too few queries for another one"}]
+    choice = fit_and_choose(held_out, names)
+    if names is not None and len(names) == 1:
+        choice = choice.forced(names[0])
+    told = [
+        {
+            "calibration": each.name,
+            "queries": choice.queries,
+            "risk": round(each.risk, 4),
+            "low": round(each.risk_low, 4),
+            "high": round(each.risk_high, 4),
+            "why": f"chosen: {choice.why}" if each.name == choice.calibration.method else "",
+        }
+        for each in choice.candidates
+    ]
+    return with_calibration(program, choice.calibration), told
 
 
 def _space(variants: Variants, fixed: frozenset[str]) -> Space:

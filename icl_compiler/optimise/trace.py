@@ -30,13 +30,19 @@ def table(trace: Sequence[Mapping[str, Any]]) -> str:
     for race in dict.fromkeys(row["race"] for row in raced):
         lines += ["", f"{f'race of {race}':<{width}} queries   risk  [95 %]           left after"]
         for row in (row for row in raced if row["race"] == race):
-            measured = f"{'':>7}  {'':<15}"
-            if row.get("risk") is not None:
-                low, high = (f"{row[end]:.3f}" if row[end] is not None else "?" for end in ("low", "high"))
-                measured = f"{row['risk']:>7.3f}  {f'[{low}, {high}]':<15}"
             left = f"round {row['round']}: {row['why']}" if row.get("round") else row["why"]
-            lines.append(f"{names[id(row)]:<{width}} {row['queries']:>7}{measured}  {left}")
-    return "\n".join(lines)
+            lines.append(f"{names[id(row)]:<{width}} {row['queries']:>7}{_measured(row)}  {left}")
+    if tried := [row for row in rows if "calibration" in row]:
+        lines += ["", f"{'calibration':<{width}} queries   risk  [95 %]"]
+        lines += [f"{row['calibration']:<{width}} {row['queries']:>7}{_measured(row)}  {row['why']}" for row in tried]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _measured(row: Mapping[str, Any]) -> str:
+    if row.get("risk") is None:
+        return f"{'':>7}  {'':<15}"
+    low, high = (f"{row[end]:.3f}" if row[end] is not None else "?" for end in ("low", "high"))
+    return f"{row['risk']:>7.3f}  {f'[{low}, {high}]':<15}"
 
 
 def _variant(row: Mapping[str, Any]) -> str:
