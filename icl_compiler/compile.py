@@ -49,7 +49,7 @@ def compile_program(
     layout: Layout = "per-query",
     clusters: int | None = None,
     cache_block: int = 16,
-    block_share: float = 0.75,
+    block_share: float = 0.9,
     notify: Notify | None = None,
 ) -> Program:
     """Make a program of `data` for the frozen `model`.
@@ -63,7 +63,8 @@ def compile_program(
         per_label: take candidates in rounds of so many of each label; 0: labels do not matter.
         layout: whether prompts begin with a fixed block of shots: see `layouts`.
         clusters: number of blocks of `clustered` and `mixed`; by default half the root of the number of rows.
-        cache_block: tokens of a block of the engine's prefix cache: 16 on vLLM for GPUs, 128 on vLLM for processors.
+        cache_block: tokens of a block of the engine's prefix cache: of vLLM 16 on a GPU, and 32 on a processor as
+            `icl vllm` starts it.
         block_share: share of the shots, and of the tokens for them, that the block takes in `mixed`; in (0, 1).
 
     Raises:

@@ -2,8 +2,8 @@
 
 - Up to 50,000 rows every row is compared, which is exact. Up to 500,000 a graph of neighbours is walked (HNSW,
   Malkov & Yashunin 2018). Beyond that the rows lie in 4·√rows lists by k-means, and the eighth of the lists
-  nearest to the query is read (IVF, Jégou et al. 2011). Of the ten nearest of 16,000 real texts (MiniLM) they find
-  0.99 and 0.97; the tests hold both to 0.95.
+  nearest to the query is read, at most 64 of them (IVF, Jégou et al. 2011). Of the ten nearest of 16,000 real texts
+  (MiniLM) they find 0.99 and 0.97; the tests hold both to 0.95.
 - An approximate index may reach fewer rows than it is asked for; those queries are then compared with every row.
 - Copies of a row fill each other's links, and a graph of more copies than links leads nowhere else; a pool with such
   rows gets lists.
@@ -30,7 +30,7 @@ from retrievers.retriever import Hits
 _EXACT_ROWS = 50_000
 _GRAPH_ROWS = 500_000
 _LINKS, _WIDTH_OF_BUILD, _WIDTH_OF_WALK = 32, 64, 128
-_LISTS_PER_ROOT, _SHARE_OF_LISTS = 4, 8
+_LISTS_PER_ROOT, _SHARE_OF_LISTS, _MOST_LISTS = 4, 8, 64
 _SPARE, _ROUNDING = 32, 1e-6  # faiss may see rows of nearly equal scores in another order
 _PAIRS, _FLOATS = 1 << 21, 1 << 20  # of queries and rows, and of vectors, in memory at once
 _FILE, _VECTORS = "index.faiss", "vectors.npy"
@@ -54,7 +54,7 @@ def new_index(vectors: Float32[np.ndarray, "rows width"], *, seed: int) -> Any:
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, lists, faiss.METRIC_INNER_PRODUCT)
         index.cp.seed = seed % 2**31
         index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, 64
-        index.nprobe = math.ceil(lists / _SHARE_OF_LISTS)
+        index.nprobe = min(math.ceil(lists / _SHARE_OF_LISTS), _MOST_LISTS)
         index.train(vectors)
         index.add(vectors)
         index.make_direct_map()

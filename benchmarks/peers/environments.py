@@ -1,4 +1,6 @@
-"""The environment of the peers, `.venv-peers`, made when it is first needed: minutes, and a gigabyte or two.
+"""The environments of the peers, made when they are first needed.
+
+`.venv-peers` takes minutes, and a gigabyte or two; `.venv-peers-selection`, for peers that need no torch, less.
 
 - torch comes first and by itself, in the version that we have, so that all contenders run the same kernels.
 - OpenICL asks for packages of 2023; it comes without them, and runs on those that the others need.
@@ -40,6 +42,23 @@ def peers_python() -> Path:
             raise RuntimeError(f"{tail}\npip {' '.join(arguments)} failed; the whole log is {log}")
     mark.touch()
     return python
+
+
+def selection_python() -> Path:
+    """The interpreter of the environment of LangChain and DSPy, which is made if it is not there.
+
+    Raises:
+        CalledProcessError: if a package cannot be installed.
+    """
+    venv, requirements = ROOT / ".venv-peers-selection", REQUIREMENTS.with_name("requirements_selection.txt")
+    mark = venv / ".installed"
+    if not mark.exists() or mark.stat().st_mtime < requirements.stat().st_mtime:
+        print(f"Setting up {venv.name}, once: a minute or two ...", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], check=True)
+        pip = [str(venv / "bin" / "python"), "-m", "pip", "--no-input", "--disable-pip-version-check", "--quiet"]
+        subprocess.run([*pip, "install", "-r", str(requirements)], check=True)
+        mark.touch()
+    return venv / "bin" / "python"
 
 
 def pip_commands() -> list[list[str]]:

@@ -1,0 +1,170 @@
+"""What fixed blocks of shots spare a vLLM server, and what they cost in accuracy; about half an hour on 2 cores.
+
+    ICL_DATASETS=FOLDER python -m benchmarks layouts
+    python -m benchmarks.layouts --datasets banking77
+
+For each dataset the same 1,200 examples are compiled in every layout of `icl compile --layout`, into 1,024 tokens: 16
+shots of the query's own, or blocks as large as fit. Queries are drawn from the test rows (seed 0).
+
+- Tokens are those of the server's own counters: prompt tokens less those from its prefix cache, one request a query
+  with one token to generate. First the beginning of each block is sent once (`warm_up_tokens`), as a server
+  that runs for a while has it; then the queries. The compiler's prediction stands beside that.
+- A request is sent after the other: a rate is of one client who waits for his answer.
+- Accuracy is that of the likeliest label by exact scoring, on the `transformers` backend (the same model and prompts).
+  Beside the 16 shots of the query's own: the difference with its 95 % interval by betting on the paired queries, and
+  McNemar's exact test.
+
+Rows are appended to `benchmarks/rows/layouts.jsonl`; what stands there for this commit is not measured again.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest
+
+from benchmarks.served_scoring import counters
+from evaluation.evaluate import commit, machine
+from evaluation.intervals import betting
+from icl_compiler.backends.vllm_server import VLLMServerBackend
+from icl_compiler.compile import compile_program
+from icl_compiler.data import Dataset, load_dataset
+from icl_compiler.predictor import PromptedPredictor, open_backend
+from icl_compiler.program import Program
+from icl_compiler.vllm_launch import engine_arguments, free_port, running_server
+
+HERE = Path(__file__).parent
+ROWS = HERE / "rows" / "layouts.jsonl"
+MODEL = "smollm2-135m"
+DATASETS = ("banking77", "clinc150_oos", "hwu64")
+LAYOUTS = ("per-query", "clustered", "mixed", "shared")
+EXAMPLES, BUDGET, SEED = 1200, 1024, 0
+
+
+def compiled(train: Dataset, layout: Any) -> Program:
+    """The program of one layout, for the server that `icl vllm` starts here."""
+    block = engine_arguments().get("block_size", 16)
+    return compile_program(train, examples=EXAMPLES, budget=BUDGET, layout=layout, cache_block=block, seed=SEED)
+
+
+def served(program: Program, texts: list[str], url: str) -> dict[str, object]:
+    """What the server computes for these texts, once it holds the blocks."""
+    backend = VLLMServerBackend(MODEL, server=url, in_flight=1)
+    end = program.template.terminator_ids
+    blocks, head = program.blocks, list(program.template.head)
+    beginnings = [head]
+    for block in range(len(blocks) if blocks is not None else 0):
+        assert blocks is not None
+        shots = [program.pool.tokens[slice(*program.pool.offsets[row : row + 2])] for row in blocks[block]]
+        beginnings.append([*head, *np.concatenate(shots).tolist()])
+    start = counters(url)
+    backend.generate(beginnings, end, max_new_tokens=1, temperature=0.0)
+    before = counters(url)
+    prompts = [prompt.tokens for prompt in program.prompts(texts)]
+    started = time.perf_counter()
+    backend.generate(prompts, end, max_new_tokens=1, temperature=0.0)
+    seconds = time.perf_counter() - started
+    warm, told = (
+        {key: late[key] - early[key] for key in late} for early, late in ((start, before), (before, counters(url)))
+    )
+    return {
+        "prompt_tokens_per_query": told["prompt_tokens"] / len(texts),
+        "computed_tokens_per_query": (told["prompt_tokens"] - told["cached_tokens"]) / len(texts),
+        "queries_per_second": len(texts) / seconds,
+        "warm_up_tokens": warm["prompt_tokens"] - warm["cached_tokens"],
+        "server": backend.device.partition(" at ")[0],
+    }
+
+
+def measure(name: str, layouts: list[str], data: Path, queries: int) -> None:
+    """Append a row for each of these layouts of one dataset."""
+    train, test = (load_dataset(str(data / name / f"{part}.jsonl")) for part in ("train", "test"))
+    drawn = test.take(np.random.default_rng(SEED).permutation(len(test))[:queries].tolist())
+    train, _ = train.without_texts(drawn.texts)
+    texts = list(drawn.texts)
+    with running_server(MODEL, port=free_port()) as url:
+        for layout in layouts:
+            program = compiled(train, layout)
+            keep(name, layout, program, drawn, served(program, texts, url))
+
+
+def keep(name: str, layout: str, program: Program, drawn: Dataset, told: dict[str, object]) -> None:
+    """Score the queries, and append the row."""
+    said = PromptedPredictor(program, open_backend("transformers", MODEL)).predict(drawn.texts)
+    correct = [int(said.labels[i] == answer) for i, answer in zip(said.best, drawn.answers, strict=True)]
+    prompts = program.prompts(drawn.texts)
+    assert program.expected is not None
+    row = {
+        "dataset": name, "layout": layout, "blocks": 0 if program.blocks is None else len(program.blocks),
+        "shots_per_query": float(np.mean([len(prompt.selection.rows) for prompt in prompts])),
+        "queries": len(correct), **told, "predicted_tokens_per_query": program.expected.computed_tokens,
+        "transformers_tokens_per_query": said.usage.computed_tokens / len(correct),
+        "accuracy": float(np.mean(correct)), "correct": correct,
+        "examples": EXAMPLES, "budget": BUDGET, "cache_block": program.settings.cache_block, "model": MODEL,
+        "seed": SEED, "machine": machine(), "commit": commit(),
+    }  # fmt: skip
+    with ROWS.open("a") as out:
+        out.write(json.dumps(row) + "\n")
+
+
+def measured() -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    return [row for row in rows if row["commit"] == commit()]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The table of `docs/results.md`."""
+    names = ("dataset", "layout", "blocks", "shots", "prompt tokens", "computed", "predicted", "fewer by", "queries/s",
+             "accuracy", "difference", "McNemar p")  # fmt: skip
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in rows:
+        same = [other for other in rows if (other["dataset"], other["layout"]) == (row["dataset"], "per-query")]
+        plain = same[0] if same else None
+        cells = [row["dataset"], row["layout"], str(row["blocks"]), f"{row['shots_per_query']:.1f}"]
+        cells += [f"{row[f'{name}_tokens_per_query']:.0f}" for name in ("prompt", "computed", "predicted")]
+        compared = ["", "", ""]
+        if plain is not None and plain is not row:
+            fewer = plain["computed_tokens_per_query"] / row["computed_tokens_per_query"]
+            compared = [f"{fewer:.1f}", *paired(row["correct"], plain["correct"])]
+        lines.append(
+            "| "
+            + " | ".join(
+                [*cells, compared[0], f"{row['queries_per_second']:.2f}", f"{row['accuracy']:.2f}", *compared[1:]]
+            )
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def paired(correct: list[int], others: list[int]) -> list[str]:
+    """The difference of two accuracies on the same queries with its interval, and McNemar's exact p-value."""
+    difference = np.subtract(correct, others)
+    low, high = (2 * bound - 1 for bound in betting((difference + 1) / 2))
+    won, changed = int((difference > 0).sum()), int((difference != 0).sum())
+    p = binomtest(won, changed).pvalue if changed else 1.0
+    return [f"{difference.mean():+.2f} [{low:+.2f}, {high:+.2f}]", f"{p:.2f}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
+    parser.add_argument("--queries", type=int, default=80)
+    given = parser.parse_args()
+    data = Path(os.environ.get("ICL_DATASETS", HERE.parent.parent / "shared" / "data"))
+    if not data.is_dir():
+        sys.exit(f"there are no datasets at {data}; set ICL_DATASETS to the folder that holds {', '.join(DATASETS)}")
+    ROWS.parent.mkdir(exist_ok=True)
+    for name in given.datasets:
+        done = {row["layout"] for row in measured() if row["dataset"] == name}
+        if missing := [layout for layout in LAYOUTS if layout not in done]:
+            measure(name, missing, data, given.queries)
+    print(table(measured()))
+
+
+if __name__ == "__main__":
+    main()
