@@ -75,8 +75,8 @@ def at_level(level: int, calibrated: bool) -> Callable[[Task], Answer]:
     def answer(task: Task) -> Answer:
         started, calls = time.perf_counter(), 0
         program = compile_program(
-            task.pool, model=MODEL, encoder=ENCODER, retriever=DEFAULT_RETRIEVERS[level], budget=task.budget,
-            seed=task.seed,
+            task.pool, model=task.backend.model, encoder=ENCODER, retriever=DEFAULT_RETRIEVERS[level],
+            budget=task.budget, seed=task.seed,
         )  # fmt: skip
         if level == 2:
             LOGS.mkdir(exist_ok=True)
