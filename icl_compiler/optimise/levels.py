@@ -21,7 +21,7 @@ import numpy as np
 from icl_compiler.backends.backend import Backend, Progress
 from icl_compiler.calibration.calibrating import QUERIES as CALIBRATION_QUERIES
 from icl_compiler.calibration.choosing import LEAST_QUERIES, fit_and_choose
-from icl_compiler.compile import Notify, laid_out, with_calibration
+from icl_compiler.compile import laid_out, with_calibration
 from icl_compiler.errors import DataError
 from icl_compiler.optimise.judges import Asker, Judge, LabelJudge, Metric, TargetJudge
 from icl_compiler.optimise.racing import OutOfTime
@@ -59,7 +59,6 @@ def optimise(
     metric: Metric = "likelihood",
     log: Path | None = None,
     progress: Progress | None = None,
-    notify: Notify | None = None,
 ) -> Optimised:
     """The best program that -O2 finds around `base`.
 
@@ -96,7 +95,7 @@ def optimise(
         judge = LabelJudge(asker, base, rows, calibration=after, reference=reference)
     else:
         judge = TargetJudge(asker, base, rows, metric)
-    found = search(variants, judge, space, budget=queries, notify=notify or (lambda _: None))
+    found = search(variants, judge, space, budget=queries)
     program, trace = laid_out(variants.program(found.variant)), found.trace
     if isinstance(judge, LabelJudge):
         left = queries - answers.asked

@@ -10,7 +10,7 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from icl_compiler.errors import ICLError
@@ -40,24 +40,16 @@ class Found(NamedTuple):
     trace: list[dict[str, Any]]
 
 
-def search(
-    variants: Variants,
-    judge: Judge,
-    space: Space,
-    *,
-    budget: int,
-    notify: Callable[[str], object] = lambda _: None,
-) -> Found:
+def search(variants: Variants, judge: Judge, space: Space, *, budget: int) -> Found:
     """The best of the variants in `space`, the base among them, for at most `budget` model calls."""
-    return _Search(variants, judge, budget, notify).run(space)
+    return _Search(variants, judge, budget).run(space)
 
 
 class _Search:
-    def __init__(self, variants: Variants, judge: Judge, budget: int, notify: Callable[[str], object]) -> None:
+    def __init__(self, variants: Variants, judge: Judge, budget: int) -> None:
         self._variants = variants
         self._judge = judge
         self._left = budget
-        self._notify = notify
         self._paid: dict[Variant, int] = {}
         self._trace: list[dict[str, Any]] = []
 
@@ -85,7 +77,6 @@ class _Search:
                 self._tell(name, variant, queries=0, why=f"not tried: {error}")
         if len(runners) == 1:
             return runners
-        self._notify(f"{name}: {len(runners)} variants")
         budget = int(self._left * SHARES[name])
         paid = [self._paid.get(variant, 0) for variant in runners]
         found = race(

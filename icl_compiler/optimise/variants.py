@@ -48,6 +48,7 @@ class Variants:
     def __init__(self, base: Program) -> None:
         self.base = base
         self._indexes: dict[str, Retriever] = {base.settings.retriever: base.retriever}
+        self._programs: dict[Variant, Program] = {}
         self._templates = {base.template.template.name: (base.template, base.pool)}
 
     @property
@@ -63,14 +64,16 @@ class Variants:
             TemplateError: if the template does not suit the model.
             LabelError: if one of its label words is a prefix of another.
         """
-        encoded, pool = self._template(variant.template)
-        index = self._index(variant.retriever)
-        searched = {key: value for key, value in variant._asdict().items() if key != "template"}
-        settings = replace(self.base.settings, **searched)
-        program = replace(
-            self.base, settings=settings, template=encoded, pool=pool, retriever=index, blocks=None, expected=None
-        )
-        return program if settings.layout == "per-query" else laid_out(program)
+        if variant not in self._programs:
+            encoded, pool = self._template(variant.template)
+            index = self._index(variant.retriever)
+            searched = {key: value for key, value in variant._asdict().items() if key != "template"}
+            settings = replace(self.base.settings, **searched)
+            program = replace(
+                self.base, settings=settings, template=encoded, pool=pool, retriever=index, blocks=None, expected=None
+            )
+            self._programs[variant] = program if settings.layout == "per-query" else laid_out(program)
+        return self._programs[variant]
 
     def most_shots(self) -> int:
         """How many shots of middling length fit the budget, beside such a query; at least 1."""
