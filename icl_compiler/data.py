@@ -256,13 +256,28 @@ def load_dataset(
     >>> data.warnings
     ('1 duplicate row was dropped (row 4).',)
     """
+    return labelled(read_table(source), str(source), text_column, label_column, target_column, need_answers, where)
+
+
+def labelled(
+    table: Table,
+    name: str,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    target_column: str | None = None,
+    need_answers: bool = True,
+    where: Sequence[str] = (),
+) -> Dataset:
+    """The labelled texts of a table that stands in memory already, read as `load_dataset` reads; `name` is its source.
+
+    Raises:
+        DataError, DataFormatError, ColumnError, LabelError: as `load_dataset`.
+    """
     if label_column is not None and target_column is not None:
         raise ColumnError(
             f"both a label column ({label_column!r}) and a target column ({target_column!r}) are named; "
             "name the label to classify, or the target to generate"
         )
-    name = str(source)
-    table = read_table(source)
     warnings = list(table.warnings)
     text_name, answer_name, task = _choose(
         name, table, text_column, label_column, target_column, need_answers, warnings

@@ -3,7 +3,8 @@
     ICLError
     ├── DataError                 a labelled file that cannot be used as it is
     │   ├── DataFormatError       not readable as CSV, JSONL, Parquet ... (names the row)
-    │   └── ColumnError           the column is not there (names those that are)
+    │   ├── ColumnError           the column is not there (names those that are)
+    │   └── InputError            texts or labels handed over from Python that cannot be used; a ValueError too
     ├── LabelError                labels that cannot serve as outcomes (one only, prefixes, unknown)
     ├── TemplateError             a template that does not render, or lacks a part
     ├── CalibrationError          held-out queries that a calibration cannot be fitted to
@@ -38,6 +39,10 @@ class DataFormatError(DataError):
 
 class ColumnError(DataError):
     """A column that is not there, or cannot be told from the others."""
+
+
+class InputError(DataError, ValueError):
+    """Texts or labels handed over from Python that cannot be used; other libraries look for a `ValueError`."""
 
 
 class LabelError(ICLError):

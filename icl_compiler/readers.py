@@ -408,7 +408,7 @@ def _read_folder(path: Path, split: str | None) -> Table:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever a damaged folder makes the library raise
         raise DataFormatError(f"{source} cannot be loaded as a saved dataset: {_first_line(error)}") from error
-    return _dataset_table(source, saved, missing="null")
+    return dataset_table(source, saved, missing="null")
 
 
 def _saved_split(path: Path, split: str | None) -> str:
@@ -447,7 +447,7 @@ def _read_hub(source: str) -> Table:
     except Exception as error:  # the library raises what its many parts raise
         raise DataError(_hub_failure(source, name, error)) from error
     missing = "null, and in a CSV read through hf: also NA, None, nan or null; name a CSV file itself to keep these"
-    return _dataset_table(source, loaded, missing)
+    return dataset_table(source, loaded, missing)
 
 
 def _hub_failure(source: str, name: str, error: Exception) -> str:
@@ -471,7 +471,8 @@ def _hub_failure(source: str, name: str, error: Exception) -> str:
     return f"{source} cannot be loaded: {advice} (datasets says: {said})"
 
 
-def _dataset_table(source: str, dataset: Any, missing: str) -> Table:
+def dataset_table(source: str, dataset: Any, missing: str) -> Table:
+    """The table of a `datasets.Dataset`: class names for class numbers, rows counted from 1."""
     from datasets import ClassLabel
 
     def column(name: str) -> list[object]:

@@ -1,4 +1,4 @@
-"""The examples of README.md, run in the order in which they stand there, in one folder."""
+"""The examples of README.md and docs/adapters.md, run in the order in which they stand there, in one folder."""
 
 import os
 import re
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 
 README = Path(__file__).parents[1] / "README.md"
+PAGES = [README, README.parent / "docs" / "adapters.md"]
 # What a reader types before the examples begin, and what ends only when it is stopped.
 NOT_RUN = ("make", "git", "cd", "pip", "source", ".", "curl")
 BLOCK = re.compile(
@@ -25,8 +26,8 @@ class Example(NamedTuple):
     reason: str | None
 
 
-def examples():
-    text = README.read_text(encoding="utf-8")
+def examples(page=README):
+    text = page.read_text(encoding="utf-8")
     return [
         Example(text.count("\n", 0, found.start("code")) + 1, found["language"], found["code"], found["reason"])
         for found in BLOCK.finditer(text)
@@ -40,25 +41,28 @@ def commands(code):
 
 def test_few_examples_are_left_out():
     assert {example.language for example in examples()} >= {"python", "console"}
-    assert len([example for example in examples() if example.reason]) <= 3
+    for page, most in zip(PAGES, (3, 1), strict=True):
+        assert len([example for example in examples(page) if example.reason]) <= most
 
 
-def test_no_shell_example_escapes_the_test():
-    elsewhere = [example for example in examples() if example.language in ("bash", "sh", "shell", "py", "pycon")]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_shell_example_escapes_the_test(page):
+    elsewhere = [example for example in examples(page) if example.language in ("bash", "sh", "shell", "py", "pycon")]
     assert elsewhere == [], "write them as ```python, or as ```console with `$ ` before each command"
 
 
 @pytest.mark.models
-def test_examples_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-    namespace = {"__name__": "README"}
-    for line, language, code, reason in examples():
+    namespace = {"__name__": page.stem}
+    for line, language, code, reason in examples(page):
         if reason:
             continue
         if language == "python":
-            # The empty lines before it make a traceback name the line of README.md.
-            exec(compile("\n" * (line - 1) + code, README, "exec"), namespace)
+            # The empty lines before it make a traceback name the line of the page.
+            exec(compile("\n" * (line - 1) + code, page, "exec"), namespace)
         for command in commands(code) if language == "console" else []:
             if command.split()[0] in NOT_RUN:
                 continue
@@ -69,4 +73,4 @@ def test_examples_run(tmp_path, monkeypatch):
                 text=True,
                 timeout=900,
             )
-            assert done.returncode == 0, f"README.md, block at line {line}: {command}\n{done.stdout}{done.stderr}"
+            assert done.returncode == 0, f"{page.name}, block at line {line}: {command}\n{done.stdout}{done.stderr}"
