@@ -199,7 +199,7 @@ def tables(rows: list[Row]) -> str:
         "|---" * 7 + "|",
     ]
     for row in (row for row in rows if row["what"] == "interval"):
-        [other] = [s for s in rows if (s["what"], s["law"], s["n"]) == ("sequence", row["law"], row["n"])]
+        [other] = [s for s in rows if (s["what"], s["law"], s.get("n")) == ("sequence", row["law"], row["n"])]
         lines.append(
             f"| {row['law']} | {row['n']:,} | {row['coverage']:.3f} | {row['width']:.3f} | "
             f"{row['width'] / row['hoeffding_width']:.2f} | {other['coverage']:.3f} | {other['false_within']:.3f} |"

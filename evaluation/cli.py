@@ -23,6 +23,7 @@ from icl_compiler.command_line import (
     progress_bar,
     say,
     seed_option,
+    target_column_option,
     text_column_option,
 )
 
@@ -70,9 +71,22 @@ REPORT_TITLE = "Prompt or fine-tune?"
     help="Coverage of the intervals.",
 )
 @click.option("--baselines/--no-baselines", default=True, help="Measure the baselines too.")
+@click.option(
+    "--max-new-tokens",
+    default=64,
+    type=WholeNumber(min=1),
+    help="Of a program that generates texts: tokens of an answer that count, at most.",
+)
+@click.option(
+    "--samples",
+    default=4,
+    type=WholeNumber(min=1),
+    help="Of a program that generates texts: answers that each model draws to a query.",
+)
 @engine_options
 @text_column_option
 @label_column_option
+@target_column_option
 @seed_option
 @json_option
 def evaluate(
@@ -87,12 +101,15 @@ def evaluate(
     examples: tuple[int, ...],
     level: float,
     baselines: bool,
+    max_new_tokens: int,
+    samples: int,
     backend: str | None,
     server: str | None,
     in_flight: int | None,
     dtype: str,
     text_column: str | None,
     label_column: str | None,
+    target_column: str | None,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -102,7 +119,8 @@ def evaluate(
     alike, 1 where they never do. Beside it stand the baselines: zero shots, random shots, shuffled labels (what the
     labels are worth), the vote of the neighbours without a language model, the floor (two references, two seeds)
     and the noise of scoring the same program again, in other batches and in float32. Where the program was compiled
-    from some of the test texts, these are left out of its pool.
+    from some of the test texts, these are left out of its pool. Of a program that generates texts, samples are
+    compared.
 
     \b
       icl evaluate program --reference reference --data test.csv -o report.html
@@ -112,8 +130,11 @@ def evaluate(
     """
     from evaluation.asking import in_random_order
     from evaluation.evaluate import BASELINES, ask_references
+    from evaluation.generation import require_comparable_texts
+    from evaluation.generation_cli import measure_texts
     from evaluation.reference.trainer import load_reference
     from evaluation.sequential_cli import measure_until_decided
+    from evaluation.texts import Lengths
     from icl_compiler.artifact import load_program
     from icl_compiler.data import load_dataset
     from icl_compiler.predictor import open_backend
@@ -122,19 +143,37 @@ def evaluate(
         raise click.UsageError(f"{output} is a device or a pipe; expected the name of a file for the report")
     loaded = load_program(program)
     described = [load_reference(folder) for folder in references]
-    dataset = load_dataset(data, text_column=text_column, label_column=label_column)
+    dataset = load_dataset(data, text_column=text_column, label_column=label_column, target_column=target_column)
     warnings = list(dataset.warnings)
+    writes = loaded.task == "generation"
+    if epsilon is not None and writes:
+        raise click.UsageError("--epsilon is about programs with labels; leave it out, and ask `icl decide --epsilon`")
     if epsilon is not None and examples:
         raise click.UsageError(
             "--epsilon decides about the whole program; leave --examples out, or compile smaller ones"
         )
     dataset = (draw if epsilon is None else in_random_order)(dataset, queries, seed=seed)
     sizes = pool_sizes(loaded, examples)
-    require_comparable(loaded, described, dataset)
+    (require_comparable_texts if writes else require_comparable)(loaded, described, dataset)
     open_engine = partial(open_backend, backend, loaded.settings.model, dtype=dtype, server=server, in_flight=in_flight)
     series = BASELINES if baselines else ()
     with _bars() as progress:
-        if epsilon is None:
+        if writes:
+            results = measure_texts(
+                loaded,
+                open_engine,
+                described,
+                dataset,
+                sizes,
+                lengths=Lengths(samples, max_new_tokens),
+                dataset_name=_dataset_name(data),
+                level=level,
+                series=series,
+                dtype=dtype,
+                seed=seed,
+                progress=progress,
+            )
+        elif epsilon is None:
             answers = ask_references(described, dataset, dtype=dtype, progress=progress)
             results = measure_sizes(
                 loaded,
@@ -167,6 +206,7 @@ def evaluate(
         warnings.append("the floor was not measured: give a second --reference, trained with another --seed")
     command = click.get_current_context().command_path
     arguments = _arguments(program, references, data, queries, epsilon, examples, seed)
+    arguments += f" --max-new-tokens {max_new_tokens} --samples {samples}" if writes else ""
     finish(results, output, rows, warnings, [f"{command} {arguments}"], as_json=as_json, per_query_file=per_query)
 
 
@@ -330,8 +370,6 @@ def require_comparable(program: "Program", references: "Sequence[Reference]", da
     from icl_compiler.compile import without_rows
     from icl_compiler.errors import EvaluationError
 
-    if program.task != "classification":
-        raise EvaluationError("this program generates texts, and only programs with labels can be evaluated")
     for reference in references:
         if difference := same_labels(program.labels, reference.labels):
             difference = difference.replace("the first", "the program").replace("the second", "the reference")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 from jaxtyping import Bool
@@ -58,6 +58,14 @@ class Evaluation(NamedTuple):
     worst: list[dict[str, object]]
     warnings: list[str]
     per_query: list[Row]
+
+
+class OfReference(Protocol):
+    """What was asked of a reference, labels or texts."""
+
+    @property
+    def reference(self) -> Reference:
+        """The one to approximate."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +192,7 @@ def evaluate(
                 "series": "scoring noise",
                 "noise_against": against,
                 **common,
-                **_gap_columns(gap(_first(said, count), again, level=level, anytime=anytime), count),
+                **gap_columns(gap(_first(said, count), again, level=level, anytime=anytime), count),
                 **_cost_columns(again),
             }
 
@@ -245,7 +253,7 @@ def _truncation_warning(rows: Sequence[Row]) -> str:
 
 
 def common_columns(
-    program: Program, backend: Backend, answers: Answers, data: Dataset, dataset_name: str, level: float
+    program: Program, backend: Backend, answers: OfReference, data: Dataset, dataset_name: str, level: float
 ) -> Row:
     """What a row says of where it comes from, whatever series it is of."""
     return {
@@ -270,13 +278,14 @@ def measured_columns(
 ) -> Row:
     """What a row says of answers to `data`, and of their gap to those of the reference."""
     return {
-        **_gap_columns(compared, len(said.probabilities)),
+        **gap_columns(compared, len(said.probabilities)),
         **_answer_columns(said, _same(_labels(said), data.answers), level, anytime=anytime),
         "agreement": float(np.mean(_same(_labels(said), _labels(answers.first)))),
     }
 
 
-def _gap_columns(compared: Gap, queries: int) -> Row:
+def gap_columns(compared: Gap, queries: int) -> Row:
+    """A gap as it stands in a row."""
     low, high = compared.interval
     columns: Row = {"gap": compared.mean, "gap_low": low, "gap_high": high, "n_queries": queries}
     if compared.bounds is not None:

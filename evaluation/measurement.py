@@ -38,6 +38,10 @@ class Measurement:
         queries_max: where queries were asked until a decision, how many might have been; the intervals then hold
             whenever one stopped. `epsilon`, `decision` (within, not within, undecided) and `queries_asked` are of the
             program.
+        samples: answers that each model drew to a query, where texts are generated, of `max_new_tokens` at most. The
+            gap is then that of whole answers; `gap_coupling` and `gap_chain` are upper bounds on it, `token_gap` is the
+            mean total variation of the next token along the reference's own texts; `accuracy` is the share of greedy
+            outputs that are the target, and `finished` that of samples that came to their end.
         noise_against: of scoring noise, what the program was compared with: itself in "other batches", or in "float32".
     """
 
@@ -52,6 +56,14 @@ class Measurement:
     gap_low: float | None = None
     gap_high: float | None = None
     gap_truncation: float | None = None
+    gap_coupling: float | None = None
+    gap_chain: float | None = None
+    token_gap: float | None = None
+    token_gap_low: float | None = None
+    token_gap_high: float | None = None
+    samples: int | None = None
+    max_new_tokens: int | None = None
+    finished: float | None = None
     level: float | None = None
     n_queries: int | None = None
     epsilon: float | None = None
@@ -66,6 +78,7 @@ class Measurement:
     ece: float | None = None
     label_mass: float | None = None
     prompt_tokens_per_query: float | None = None
+    output_tokens_per_query: float | None = None
     computed_tokens_per_query: float | None = None
     seconds_per_query: float | None = None
     noise_against: str | None = None

@@ -100,6 +100,7 @@ def sentences(group: Group) -> list[str]:
         asked_in_turn(head),
         _against_floor(head, group.beside("floor")),
         _judge(head),
+        _texts(head),
         _against_vote(head, group.beside("neighbours' vote")),
         _accuracy(head),
         *(
@@ -154,6 +155,17 @@ def _against_floor(head: Measurement, floor: Measurement | None) -> str:
         "intervals overlap. That does not show that the two are equal.",
         "unknown": "Whether the gap is above the floor is open: an interval is not measured.",
     }[_order(head, floor)]
+
+
+def _texts(head: Measurement) -> str:
+    if head.samples is None or head.token_gap is None:
+        return ""
+    token = with_interval(head.token_gap, head.token_gap_low, head.token_gap_high)
+    return (
+        f"That is about whole answers of up to {counted(head.max_new_tokens or 0, 'token')} (at most "
+        f"{share(head.gap_coupling)} by coupling them token by token). Along what the reference writes, the laws of "
+        f"the next token are {token} apart on average."
+    )
 
 
 def _judge(head: Measurement) -> str:
@@ -211,8 +223,12 @@ def _accuracy(head: Measurement) -> str:
     prompt = with_interval(head.accuracy, head.accuracy_low, head.accuracy_high)
     reference = share(head.reference_accuracy)
     theorem = (
-        "For answers drawn from the two models the accuracies cannot differ by more than the gap "
-        "(a theorem); for the most likely label alone they can."
+        "Right is an output of likeliest tokens that is the target."
+        if head.samples
+        else (
+            "For answers drawn from the two models the accuracies cannot differ by more than the gap "
+            "(a theorem); for the most likely label alone they can."
+        )
     )
     if head.accuracy <= head.reference_accuracy:
         return f"The prompt's accuracy is {prompt}, the reference's {reference}. {theorem}"

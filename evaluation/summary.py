@@ -32,6 +32,9 @@ def summary_lines(rows: Sequence[Row]) -> list[str]:
         ("tokens/query", True, lambda row: amount(row.prompt_tokens_per_query)),
         ("s/query", True, lambda row: amount(row.seconds_per_query)),
     ]
+    if any(row.token_gap is not None for row in measured):
+        token = ("token gap", False, lambda row: with_interval(row.token_gap, row.token_gap_low, row.token_gap_high, 3))
+        columns.insert(3, token)
     if len({row.retriever for row in measured if row.series == "program"}) > 1:
         columns.insert(1, ("retriever", False, lambda row: row.retriever or NOT_MEASURED))
     if len({row.max_prompt_tokens for row in measured if row.series == "program"}) > 1:

@@ -151,20 +151,20 @@ def _labelled(program: Any, engine: Any, texts: tuple[str, ...], advance: Any) -
 def _generated(
     program: Any, engine: Any, texts: tuple[str, ...], max_new_tokens: int, advance: Any
 ) -> Iterator[dict[str, Any]]:
+    from icl_compiler.predictor import answer_text
+
     prompts = program.prompts(texts)
-    end = program.template.terminator_ids
     found = engine.generate(
         [prompt.tokens for prompt in prompts],
-        end,
+        program.template.terminator_ids,
         max_new_tokens=max_new_tokens,
         temperature=0.0,
         progress=advance,
     )
     for text, prompt, item in zip(texts, prompts, found.items, strict=True):
-        tokens = item.tokens[: -len(end)] if item.finished else item.tokens
         yield {
             "text": text,
-            "output": program.template.tokenizer.decode(tokens).strip(),
+            "output": answer_text(program.template, item),
             "finished": item.finished,
             "prompt_tokens": len(prompt.tokens),
         }

@@ -169,13 +169,16 @@ def _expected(program: Program, rows: Int64[np.ndarray, " rows"]) -> Expected | 
 def zero_shot_program(
     labels: tuple[str, ...], template: Template, *, model: str, tokenizer_model: str | None = None
 ) -> Program:
-    """A program without shots, only the template around the query; also how a fine-tuned model is asked."""
+    """A program without shots, only the template around the query; also how a fine-tuned model is asked.
+
+    Without labels it generates.
+    """
     encoded = EncodedTemplate.build(template, load_tokenizer(tokenizer_model or model), labels)
-    empty = Dataset((), (), "classification", "none")
+    empty = Dataset((), (), "classification" if labels else "generation", "none")
     settings = Settings(model, "minilm", "uniform", 0, 1_000_000, "best-first", 0)
     index = new_retriever("uniform", encoder="minilm", seed=0)
     index.fit(())
-    return Program(settings, "classification", encoded, encode_pool(encoded, empty), index)
+    return Program(settings, empty.task, encoded, encode_pool(encoded, empty), index)
 
 
 def with_pool(program: Program, data: Dataset) -> Program:

@@ -9,11 +9,12 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int64
 
-from icl_compiler.backends.backend import Backend, Progress, Usage
+from icl_compiler.backends.backend import Backend, Generation, Progress, Usage
 from icl_compiler.calibration.law import NO_CALIBRATION, Evidence
 from icl_compiler.errors import LabelError, RegistryError
 from icl_compiler.program import Program
 from icl_compiler.registry import BACKENDS, resolve
+from icl_compiler.templates import EncodedTemplate
 
 
 class Predictions(NamedTuple):
@@ -115,6 +116,12 @@ class PromptedPredictor:
         if self.program.calibration.method == "none":
             return said
         return said._replace(uncalibrated=said._replace(probabilities=raw.probabilities, upper=raw.upper))
+
+
+def answer_text(template: EncodedTemplate, answer: Generation) -> str:
+    """A generated answer as text, without its terminator."""
+    tokens = answer.tokens[: -len(template.terminator_ids)] if answer.finished else answer.tokens
+    return template.tokenizer.decode(tokens).strip()
 
 
 def open_backend(

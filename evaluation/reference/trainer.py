@@ -23,7 +23,7 @@ from icl_compiler.compile import DEFAULT_TEMPLATES, load_tokenizer
 from icl_compiler.data import Dataset
 from icl_compiler.errors import ArtifactError, ContextLengthError, LabelError, TrainingError
 from icl_compiler.models import locate
-from icl_compiler.predictor import Predictor
+from icl_compiler.predictor import Predictor, PromptedPredictor
 from icl_compiler.templates import EncodedTemplate, Template
 
 HELD_OUT = 0.1
@@ -71,6 +71,17 @@ class Reference:
             )
         predictor: Predictor = self._how.predictor(self, dtype)
         return predictor
+
+    def writer(self, *, dtype: str = "auto") -> PromptedPredictor:
+        """The reference as what generates its texts: its template without shots, before the fine-tuned model.
+
+        Raises:
+            LabelError: if it has labels.
+        """
+        if self.labels:
+            raise LabelError(f"the reference {str(self.folder)!r} answers with labels, it does not generate text")
+        writer: PromptedPredictor = self._how.predictor(self, dtype)
+        return writer
 
     def network(self) -> Any:
         """The fine-tuned model, a `transformers.PreTrainedModel` in float32 on the processor."""
