@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool
@@ -60,6 +60,7 @@ class Evaluation(NamedTuple):
     per_query: list[Row]
 
 
+@runtime_checkable
 class OfReference(Protocol):
     """What was asked of a reference, labels or texts."""
 

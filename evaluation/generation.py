@@ -25,6 +25,7 @@ from evaluation.evaluate import (
     require_comparable_references,
     without_test_rows,
 )
+from evaluation.formatting import counted
 from evaluation.gap import Gap
 from evaluation.neighbours import NeighboursVote
 from evaluation.reference.trainer import Reference
@@ -173,8 +174,9 @@ def evaluate_texts(
         rows.append({"series": "scoring noise", "noise_against": "the same, read", **common, **columns})
     if found.gap.mean > SATURATED:
         warnings.append(
-            f"whole answers of up to {lengths.max_new_tokens} tokens differ nearly always, so that their gap is close "
-            "to 1 and tells little; look at the gap of single tokens, or measure fewer (--max-new-tokens)"
+            f"with {counted(len(program.pool.data), 'example')}, whole answers of up to {lengths.max_new_tokens} tokens "
+            "differ nearly always, so that their gap is close to 1 and tells little; look at the gap of single tokens, "
+            "or measure fewer (--max-new-tokens)"
         )
     shown = [
         {

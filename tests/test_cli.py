@@ -386,6 +386,34 @@ def test_evaluate_asks_until_it_is_decided(program: Path, reference: Path, here:
     assert (result.exit_code, "leave --examples out" in result.stderr) == (2, True)
 
 
+def test_evaluate_texts(tiny: Path, here: Path) -> None:
+    rows = [f"{i} {colour},a {colour} thing" for i in range(8) for colour in ("red", "blue")]
+    (here / "pairs.csv").write_text("\n".join(["input,output", *rows]))
+    (here / "asked.csv").write_text("\n".join(["input,output", *(f"9{row}" for row in rows)]))
+    done("finetune", "pairs.csv", "-o", "writer", "--model", tiny, "--epochs", 1, "--held-out", 0.2)
+    done("compile", "pairs.csv", "-o", "p", "--model", tiny, "--retriever", "bm25", "--shots", 1, "--budget", 200)
+    asked = ["evaluate", "p", "--reference", "writer", "--no-baselines", "--examples", 4, "--queries", 5]
+    asked += ["--max-new-tokens", 6, "--samples", 2]
+    result = icl(*asked, "--data", "asked.csv", "--rows", "rows.jsonl", "-o", "report.html", "--json")
+    said = json.loads(result.stdout)
+    assert [("examples, whole answers of up to 6 tokens differ" in line) for line in said["warnings"]] == [True, True]
+    assert [(row["n_examples"], row["n_queries"], row["samples"]) for row in said["rows"]] == [(4, 5, 2), (16, 5, 2)]
+    assert all(0 <= row["gap_low"] <= row["gap"] <= row["gap_high"] <= 1 for row in said["rows"])
+    assert all(row["output_tokens_per_query"] <= 6 for row in said["rows"])
+    assert "--max-new-tokens 6 --samples 2" in (here / "report.html").read_text(encoding="utf-8")
+    assert "That is about whole answers of up to 6 tokens" in " ".join(said["verdict"])
+    assert '"not within"' in done("decide", "rows.jsonl", "--json")
+    for data, more, words in (
+        ("test.csv", (), "and test.csv has labels; name the column of the targets"),
+        ("asked.csv", ("--epsilon", 0.1, "--examples", 16), "--epsilon is about programs with labels"),
+    ):
+        result = icl(*asked, "--data", data, *more)
+        assert words in " ".join(result.stderr.split())
+    # Of another tokenizer.
+    done("compile", "pairs.csv", "-o", "p", "--model", "echo", "--retriever", "bm25", "--shots", 1)
+    assert "echo and " in icl(*asked, "--data", "asked.csv").stderr
+
+
 @pytest.mark.parametrize(
     ("compiled", "data", "said"),
     [
@@ -401,7 +429,7 @@ def test_evaluate_asks_until_it_is_decided(program: Path, reference: Path, here:
             "test.csv",
             "no row is left in the",
         ),
-        ("input,output\na b,A B\nc d,C D\n", "test.csv", "this program generates texts"),
+        ("input,output\na b,A B\nc d,C D\n", "test.csv", "this program generates texts, and the reference"),
     ],
 )
 def test_evaluate_finds_out_before_a_model_runs(
