@@ -174,9 +174,9 @@ def evaluate_texts(
         rows.append({"series": "scoring noise", "noise_against": "the same, read", **common, **columns})
     if found.gap.mean > SATURATED:
         warnings.append(
-            f"with {counted(len(program.pool.data), 'example')}, whole answers of up to {lengths.max_new_tokens} tokens "
-            "differ nearly always, so that their gap is close to 1 and tells little; look at the gap of single tokens, "
-            "or measure fewer (--max-new-tokens)"
+            f"with {counted(len(program.pool.data), 'example')}, whole answers of up to {lengths.max_new_tokens} "
+            "tokens differ nearly always, so that their gap is close to 1 and tells little; look at the gap of single "
+            "tokens, or measure fewer (--max-new-tokens)"
         )
     shown = [
         {

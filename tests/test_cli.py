@@ -396,7 +396,6 @@ def test_evaluate_texts(tiny: Path, here: Path) -> None:
     asked += ["--max-new-tokens", 6, "--samples", 2]
     result = icl(*asked, "--data", "asked.csv", "--rows", "rows.jsonl", "-o", "report.html", "--json")
     said = json.loads(result.stdout)
-    assert [("examples, whole answers of up to 6 tokens differ" in line) for line in said["warnings"]] == [True, True]
     assert [(row["n_examples"], row["n_queries"], row["samples"]) for row in said["rows"]] == [(4, 5, 2), (16, 5, 2)]
     assert all(0 <= row["gap_low"] <= row["gap"] <= row["gap_high"] <= 1 for row in said["rows"])
     assert all(row["output_tokens_per_query"] <= 6 for row in said["rows"])
