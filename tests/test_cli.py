@@ -403,7 +403,7 @@ def test_evaluate_texts(tiny: Path, here: Path) -> None:
     assert "That is about whole answers of up to 6 tokens" in " ".join(said["verdict"])
     assert '"not within"' in done("decide", "rows.jsonl", "--json")
     for data, more, words in (
-        ("test.csv", (), "and test.csv has labels; name the column of the targets"),
+        ("test.csv", ("--queries", 2), "and test.csv has labels; name the column of the targets"),
         ("asked.csv", ("--epsilon", 0.1, "--examples", 16), "--epsilon is about programs with labels"),
     ):
         result = icl(*asked, "--data", data, *more)
