@@ -6,13 +6,12 @@
 For each dataset the same 1,200 examples are compiled in every layout of `icl compile --layout`, into 1,024 tokens: 16
 shots of the query's own, or blocks as large as fit. Queries are drawn from the test rows (seed 0).
 
-- Tokens are those of the server's own counters: prompt tokens less those from its prefix cache, one request a query
-  with one token to generate. First the beginning of each block is sent once (`warm_up_tokens`), as a server
+- Tokens are those of the server's own counters: prompt tokens less those from its prefix cache, one request a query,
+  which generates its answer. First the beginning of each block is sent once (`warm_up_tokens`), as a server
   that runs for a while has it; then the queries. The compiler's prediction stands beside that.
 - A request is sent after the other: a rate is of one client who waits for his answer.
-- Accuracy is that of the likeliest label by exact scoring, on the `transformers` backend (the same model and prompts).
-  Beside the 16 shots of the query's own: the difference with its 95 % interval by betting on the paired queries, and
-  McNemar's exact test.
+- Accuracy is that of the greedy answer: right where it is the label, letter for letter. Beside the 16 shots of the
+  query's own: the difference with its 95 % interval by betting on the paired queries, and McNemar's exact test.
 
 Rows are appended to `benchmarks/rows/layouts.jsonl`; what stands there for this commit is not measured again.
 """
@@ -34,7 +33,6 @@ from evaluation.intervals import betting
 from icl_compiler.backends.vllm_server import VLLMServerBackend
 from icl_compiler.compile import compile_program
 from icl_compiler.data import Dataset, load_dataset
-from icl_compiler.predictor import PromptedPredictor, open_backend
 from icl_compiler.program import Program
 from icl_compiler.vllm_launch import engine_arguments, free_port, running_server
 
@@ -52,8 +50,8 @@ def compiled(train: Dataset, layout: Any) -> Program:
     return compile_program(train, examples=EXAMPLES, budget=BUDGET, layout=layout, cache_block=block, seed=SEED)
 
 
-def served(program: Program, texts: list[str], url: str) -> dict[str, object]:
-    """What the server computes for these texts, once it holds the blocks."""
+def measure(program: Program, asked: Dataset, url: str) -> dict[str, object]:
+    """What the server computes for these texts, once it holds the blocks, and where it answers right."""
     backend = VLLMServerBackend(MODEL, server=url, in_flight=1)
     end = program.template.terminator_ids
     blocks, head = program.blocks, list(program.template.head)
@@ -65,51 +63,37 @@ def served(program: Program, texts: list[str], url: str) -> dict[str, object]:
     start = counters(url)
     backend.generate(beginnings, end, max_new_tokens=1, temperature=0.0)
     before = counters(url)
-    prompts = [prompt.tokens for prompt in program.prompts(texts)]
+    prompts = program.prompts(asked.texts)
+    longest = max(map(len, program.label_words))
     started = time.perf_counter()
-    backend.generate(prompts, end, max_new_tokens=1, temperature=0.0)
+    answers = backend.generate([prompt.tokens for prompt in prompts], end, max_new_tokens=longest, temperature=0.0)
     seconds = time.perf_counter() - started
     warm, told = (
         {key: late[key] - early[key] for key in late} for early, late in ((start, before), (before, counters(url)))
     )
-    return {
-        "prompt_tokens_per_query": told["prompt_tokens"] / len(texts),
-        "computed_tokens_per_query": (told["prompt_tokens"] - told["cached_tokens"]) / len(texts),
-        "queries_per_second": len(texts) / seconds,
-        "warm_up_tokens": warm["prompt_tokens"] - warm["cached_tokens"],
-        "server": backend.device.partition(" at ")[0],
-    }
-
-
-def measure(name: str, layouts: list[str], data: Path, queries: int) -> None:
-    """Append a row for each of these layouts of one dataset."""
-    train, test = (load_dataset(str(data / name / f"{part}.jsonl")) for part in ("train", "test"))
-    drawn = test.take(np.random.default_rng(SEED).permutation(len(test))[:queries].tolist())
-    train, _ = train.without_texts(drawn.texts)
-    texts = list(drawn.texts)
-    with running_server(MODEL, port=free_port()) as url:
-        for layout in layouts:
-            program = compiled(train, layout)
-            keep(name, layout, program, drawn, served(program, texts, url))
-
-
-def keep(name: str, layout: str, program: Program, drawn: Dataset, told: dict[str, object]) -> None:
-    """Score the queries, and append the row."""
-    said = PromptedPredictor(program, open_backend("transformers", MODEL)).predict(drawn.texts)
-    correct = [int(said.labels[i] == answer) for i, answer in zip(said.best, drawn.answers, strict=True)]
-    prompts = program.prompts(drawn.texts)
+    decode, count = program.template.tokenizer.decode, len(asked)
+    right = [decode(program.label_words[program.labels.index(answer)]) for answer in asked.answers]
+    correct = [int(decode(item.tokens) == label) for item, label in zip(answers.items, right, strict=True)]
     assert program.expected is not None
-    row = {
-        "dataset": name, "layout": layout, "blocks": 0 if program.blocks is None else len(program.blocks),
+    return {
+        "blocks": len(beginnings) - 1, "queries": count,
         "shots_per_query": float(np.mean([len(prompt.selection.rows) for prompt in prompts])),
-        "queries": len(correct), **told, "predicted_tokens_per_query": program.expected.computed_tokens,
-        "transformers_tokens_per_query": said.usage.computed_tokens / len(correct),
-        "accuracy": float(np.mean(correct)), "correct": correct,
+        "prompt_tokens_per_query": told["prompt_tokens"] / count,
+        "computed_tokens_per_query": (told["prompt_tokens"] - told["cached_tokens"]) / count,
+        "predicted_tokens_per_query": program.expected.computed_tokens,
+        "queries_per_second": count / seconds,
+        "warm_up_tokens": warm["prompt_tokens"] - warm["cached_tokens"],
+        "accuracy": float(np.mean(correct)), "correct": correct, "server": backend.device.partition(" at ")[0],
         "examples": EXAMPLES, "budget": BUDGET, "cache_block": program.settings.cache_block, "model": MODEL,
         "seed": SEED, "machine": machine(), "commit": commit(),
     }  # fmt: skip
-    with ROWS.open("a") as out:
-        out.write(json.dumps(row) + "\n")
+
+
+def rows_of(name: str, data: Path, queries: int) -> tuple[Dataset, Dataset]:
+    """The rows to compile of a dataset, and those to ask."""
+    train, test = (load_dataset(str(data / name / f"{part}.jsonl")) for part in ("train", "test"))
+    asked = test.take(np.random.default_rng(SEED).permutation(len(test))[:queries].tolist())
+    return train.without_texts(asked.texts)[0], asked
 
 
 def measured() -> list[dict[str, Any]]:
@@ -159,10 +143,14 @@ def main() -> None:
     if not data.is_dir():
         sys.exit(f"there are no datasets at {data}; set ICL_DATASETS to the folder that holds {', '.join(DATASETS)}")
     ROWS.parent.mkdir(exist_ok=True)
-    for name in given.datasets:
-        done = {row["layout"] for row in measured() if row["dataset"] == name}
-        if missing := [layout for layout in LAYOUTS if layout not in done]:
-            measure(name, missing, data, given.queries)
+    done = {(row["dataset"], row["layout"]) for row in measured()}
+    if missing := [(name, layout) for name in given.datasets for layout in LAYOUTS if (name, layout) not in done]:
+        with running_server(MODEL, port=free_port()) as url:
+            for name, layout in missing:
+                train, asked = rows_of(name, data, given.queries)
+                row = {"dataset": name, "layout": layout, **measure(compiled(train, layout), asked, url)}
+                with ROWS.open("a") as out:
+                    out.write(json.dumps(row) + "\n")
     print(table(measured()))
 
 
