@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 ROWS = HERE / "rows" / "layouts.jsonl"
 MODEL = "smollm2-135m"
 DATASETS = ("banking77", "clinc150_oos", "hwu64")
-LAYOUTS = ("per-query", "clustered", "mixed", "shared")
+LAYOUTS = ("per-query", "mixed", "clustered", "shared")
 EXAMPLES, BUDGET, SEED = 1200, 1024, 0
 
 
@@ -144,7 +144,7 @@ def main() -> None:
         sys.exit(f"there are no datasets at {data}; set ICL_DATASETS to the folder that holds {', '.join(DATASETS)}")
     ROWS.parent.mkdir(exist_ok=True)
     done = {(row["dataset"], row["layout"]) for row in measured()}
-    if missing := [(name, layout) for name in given.datasets for layout in LAYOUTS if (name, layout) not in done]:
+    if missing := [(name, layout) for layout in LAYOUTS for name in given.datasets if (name, layout) not in done]:
         with running_server(MODEL, port=free_port()) as url:
             for name, layout in missing:
                 train, asked = rows_of(name, data, given.queries)

@@ -49,7 +49,7 @@ def compile_program(
     layout: Layout = "per-query",
     clusters: int | None = None,
     cache_block: int = 16,
-    block_share: float = 0.9,
+    block_share: float = 0.95,
     notify: Notify | None = None,
 ) -> Program:
     """Make a program of `data` for the frozen `model`.

@@ -125,7 +125,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--block-share",
-    default=0.9,
+    default=0.95,
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     metavar="SHARE",
     help="Share of the shots, and of their tokens, that is the block's in the layout mixed.",

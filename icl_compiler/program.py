@@ -59,7 +59,7 @@ class Settings:
     layout: Layout = "per-query"
     clusters: int = 0
     cache_block: int = 16
-    block_share: float = 0.9
+    block_share: float = 0.95
 
 
 class Pool(NamedTuple):
