@@ -40,7 +40,9 @@ def load(job: Job) -> object:
     Shared.table = Table(job)
     icl_topk_retriever.SentenceTransformer = Shared
     pool = Dataset.from_dict({"text": job.texts, "label": job.labels})
-    template = PromptTemplate("</E>Text: </text>\nLabel: </label>", {"text": "</text>", "label": "</label>"}, "</E>")
+    template = PromptTemplate(
+        "</E>Text: </text>\nLabel: </label>", {"text": "</text>", "label": "</label>"}, ice_token="</E>"
+    )
 
     def make(queries: list[str]) -> Found:
         asked = Dataset.from_dict({"text": queries, "label": [""] * len(queries)})
