@@ -1,7 +1,8 @@
 """OpenICL: its TopkRetriever, and its templates, up to the prompt of each query.
 
 Its model of sentence embeddings is the table that all contenders share; what it does around that (it tokenises and
-decodes each text again, one at a time) is its own.
+decodes each text again, one at a time) is its own. It was written for transformers 4: the method that version 5 has no
+more is given back, and one of its own takes the argument that version 5 adds.
 """
 
 import logging
@@ -12,6 +13,12 @@ from datasets import Dataset, DatasetDict
 from lookup import INSTRUCTION, Found, Job, Table, run
 from openicl import DatasetReader, PromptTemplate
 from openicl.icl_retriever import icl_topk_retriever
+from openicl.utils import collators
+from transformers import PreTrainedTokenizerBase
+
+PreTrainedTokenizerBase.encode_plus = PreTrainedTokenizerBase.__call__
+_to = collators.ListWrapper.to
+collators.ListWrapper.to = lambda self, device, **added: _to(self, device)
 
 
 class Shared:
