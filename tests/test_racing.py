@@ -105,6 +105,7 @@ def test_when_the_time_is_up_the_best_so_far_wins():
     values = np.array([[3.0], [1.0], [2.0], [0.0]]) + np.random.default_rng(3).uniform(size=(4, 100))
     first = race(Table(values, patience=0), 4, queries=100, budget=160)
     assert (first.winner, first.calls, first.standings[1].why) == (0, 0, "not tried: the time was up")
+    assert (first.standings[0].out, first.standings[0].why) == (None, "the winner")
     assert math.isnan(first.standings[0].mean)
     some = race(Table(values, patience=50), 4, queries=100, budget=160)
     assert some.winner == 1  # the fourth, which would be better, was not asked any more

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from hashed_words import HashedWords
-from toys import customers, plain_template
+from toys import TopEcho, customers, plain_template
 
 from icl_compiler import compile as compiling
 from icl_compiler.backends.backend import Usage
@@ -251,6 +251,14 @@ def test_a_reference_is_approximated_in_place_of_the_labels(encoder_without_a_mo
 
 class Others(Reference):
     labels = ("a", "b", "c")
+
+
+def test_an_engine_that_gives_bounds_is_judged_by_their_middle(encoder_without_a_model, tmp_path):
+    log = tmp_path / "log"
+    program, trace = optimise(variants().base, TopEcho(1), queries=200, log=log)
+    assert "-Infinity" in log.read_text()
+    again, same = optimise(variants().base, TopEcho(1), queries=200, log=log)  # bounds of -inf are read back
+    assert (again.settings, same) == (program.settings, trace)
 
 
 def test_one_calibration_can_be_asked_for(encoder_without_a_model):
