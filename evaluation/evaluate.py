@@ -357,7 +357,8 @@ def _without_shots(program: Program) -> Program:
 
 def _vote(program: Program) -> NeighboursVote:
     fitted = program.retriever if program.settings.retriever == "dense" else None
-    return NeighboursVote(program.pool.data, encoder=program.settings.encoder, retriever=fitted)
+    encoder = program.settings.encoder
+    return NeighboursVote(program.pool.data, encoder=encoder, labels=program.labels, retriever=fitted)
 
 
 _ASKED: Mapping[str, Callable[[Program, Backend], PromptedPredictor | NeighboursVote]] = {

@@ -123,6 +123,19 @@ def calibration_error(
     return float(np.abs(total).sum() / len(confidences))
 
 
+def reliability(
+    confidences: Float[np.ndarray, " queries"], correct: Float[np.ndarray, " queries"], *, bins: int = 10
+) -> list[tuple[int, float, float]]:
+    """What `calibration_error` is made of: queries, mean confidence and share of right ones of each bin that has any.
+
+    >>> reliability(np.array([0.75, 0.75, 0.25]), np.array([1.0, 0.0, 0.0]))
+    [(1, 0.25, 0.0), (2, 0.75, 0.5)]
+    """
+    cell = np.minimum((confidences * bins).astype(int), bins - 1)
+    inside = [cell == place for place in np.unique(cell)]
+    return [(int(one.sum()), float(confidences[one].mean()), float(correct[one].mean())) for one in inside]
+
+
 def require_known(labels: Sequence[str], answers: Sequence[str]) -> None:
     """Check that every label of the test data is one of the program's.
 

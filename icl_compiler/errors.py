@@ -17,7 +17,8 @@
     ├── BackendError              the engine that runs the model failed or answered nonsense
     ├── TrainingError             training could not be done (NaN loss, empty split ...)
     ├── EvaluationError           a measurement that would not mean anything
-    │   └── NotADistributionError   rows that do not sum to one
+    │   ├── NotADistributionError   rows that do not sum to one
+    │   └── SpecError               the description of a sweep that cannot be used
     └── ServingError              the endpoint cannot start, or not keep what it was given (keys, corrections, versions)
 
 An error says what was found, what was expected, and what to do. The command line prints it
@@ -95,6 +96,10 @@ class EvaluationError(ICLError):
 
 class NotADistributionError(EvaluationError):
     """Rows that were to be probabilities do not sum to one."""
+
+
+class SpecError(EvaluationError):
+    """The description of a sweep cannot be used as it is."""
 
 
 class ServingError(ICLError):

@@ -60,6 +60,8 @@ COMMANDS: Mapping[str, str] = {
     "merge": "evaluation.reference_cli:merge",
     "cascade": "evaluation.cascade_cli:cascade",
     "evaluate": "evaluation.cli:evaluate",
+    "sweep": "evaluation.sweep_cli:sweep",
+    "report": "evaluation.sweep_cli:report",
     "bounds": "evaluation.bounds_cli:bounds",
     "decide": "evaluation.decide_cli:decide",
     "messages": "icl_compiler.cli:messages",
