@@ -5,9 +5,7 @@
   a + b / (1 + (n / n_c)^c), logistic in log n. With fewer than 6 sizes only the power form, with c in [0.1, 2].
 - A curve leads from its value at the smallest size to its floor. Both are in [0, 1], and so is all between. Either may
   be the larger one: nothing forces a curve to fall, and gaps that go up and down are fitted as they are.
-- Weighted least squares without randomness. For given c and n_c the two ends solve a linear problem in a box, exactly
-  (variable projection, Golub and Pereyra 1973); c and n_c are searched on a grid, and from the best point of each
-  quarter of it by Levenberg and Marquardt's method. Thousands of fits run at once, as arrays: the bootstrap is cheap.
+- Weighted least squares without randomness (`curve_fitting`): c and n_c are searched, the two ends are then exact.
 - Intervals are APPROXIMATE: percentiles of a bootstrap that draws whole queries, since all sizes are asked the same
   ones (Efron 1979). They take the form for granted, and the weights as they are. For plans and plots; claims rest on
   `evaluation.verdict`.
@@ -22,10 +20,10 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.special import ndtri, stdtrit
 
+from evaluation.curve_fitting import Form, fitted_parameters, sizes_within, slopes_of, values_of
 from evaluation.intervals import Interval
 from icl_compiler.errors import EvaluationError
 
-Form = Literal["bounded power", "power", "logistic"]
 Parameter = Literal["floor", "scale", "exponent", "knee"]
 
 # The default first.
@@ -35,19 +33,12 @@ PARAMETERS: tuple[Parameter, ...] = ("floor", "scale", "exponent", "knee")
 ENOUGH_SIZES = 6
 FEW_EXPONENTS = (0.1, 2.0)
 EXPONENTS = (0.05, 5.0)
-# n_c lies between a tenth of the smallest size and ten times the largest.
-KNEE_BEYOND = 10
 # A prediction is doubtful beyond the first multiple of the largest size, baseless beyond the second.
 DOUBTFUL, BASELESS = 2, 4
 # A floor whose interval is wider than this part of the smallest gap is not identified.
 WIDE_FLOOR = 0.5
 # More examples than this are no answer.
 MOST_EXAMPLES = 1e15
-# Starting points of a fit: the best grid point in each of so many bands of exponents.
-STARTS = 4
-ROUNDS = 60
-# Fits per step, to bound memory.
-CHUNK = 256
 
 
 class Range(NamedTuple):
@@ -186,7 +177,7 @@ class Curve:
         >>> Curve("power", 0.1, 0.4, 0.5).at(np.array([1.0, 4.0, 16.0]))
         array([0.5, 0.3, 0.2])
         """
-        gaps: Float[np.ndarray, " sizes"] = np.clip(_values(self.form, self._row(), sizes)[0], 0.0, 1.0)
+        gaps: Float[np.ndarray, " sizes"] = np.clip(values_of(self.form, self._row(), sizes)[0], 0.0, 1.0)
         return gaps
 
     def slope_at(self, n: float) -> float:
@@ -195,7 +186,7 @@ class Curve:
         >>> round(Curve("power", 0.0, 0.4, 0.5).slope_at(64.0), 3)
         -0.5
         """
-        return float(_slopes(self.form, self._row(), float(n))[0])
+        return float(slopes_of(self.form, self._row(), float(n))[0])
 
     def _row(self) -> Float[np.ndarray, "1 4"]:
         return np.array([[self.floor, self.scale, self.exponent, 1.0 if self.knee is None else self.knee]])
@@ -265,7 +256,7 @@ class FittedCurve:
             EvaluationError: n below 1.
         """
         _check_n(n)
-        slopes = _slopes(self.fit.curve.form, self.resampled, float(n))
+        slopes = slopes_of(self.fit.curve.form, self.resampled, float(n))
         return Estimate(self.fit.curve.slope_at(float(n)), _percentiles(slopes, self.level))
 
     def predict(self, n: int) -> Prediction:
@@ -287,7 +278,7 @@ class FittedCurve:
         """
         _check_n(n)
         form, sizes = self.fit.curve.form, np.array([float(n)])
-        low, high = _percentiles(np.clip(_values(form, self.resampled, sizes)[:, 0], 0.0, 1.0), self.level)
+        low, high = _percentiles(np.clip(values_of(form, self.resampled, sizes)[:, 0], 0.0, 1.0), self.level)
         return Prediction(float(self.fit.curve.at(sizes)[0]), Interval(low, high), self._warning(n))
 
     def examples_until(self, epsilon: float) -> ExamplesUntil:
@@ -308,8 +299,8 @@ class FittedCurve:
         """
         _check_part("epsilon", epsilon)
         form, least = self.fit.curve.form, float(self.points.sizes[0])
-        n = _whole(float(_sizes_within(form, self.fit.curve._row(), epsilon, least)[0]))
-        low, high = _percentiles(_sizes_within(form, self.resampled, epsilon, least), self.level)
+        n = _whole(float(sizes_within(form, self.fit.curve._row(), epsilon, least)[0]))
+        low, high = _percentiles(sizes_within(form, self.resampled, epsilon, least), self.level)
         return ExamplesUntil(n, _whole(low), _whole(high), None if n is None else self._warning(n))
 
     def _warning(self, n: int) -> str | None:
@@ -348,12 +339,12 @@ def fit(points: Points, form: Form | None = None) -> Fit:
             f"a {form} curve needs at least {ENOUGH_SIZES} sizes, there are {count}: fit the power curve"
         )
     sizes, gaps = points.sizes.astype(np.float64), points.gaps[None]
-    parameters, chi2s = _fitted(form, sizes, gaps, points.errors, _exponents(points))
+    parameters, chi2s = fitted_parameters(form, sizes, gaps, points.errors, _exponents(points))
     free, chi2 = 3 if form == "power" else 4, float(chi2s[0])
     left_out = None
     if count > free:
-        earlier, _ = _fitted(form, sizes[:-1], gaps[:, :-1], points.errors[:-1], _exponents(points))
-        left_out = abs(float(_values(form, earlier, sizes[-1:])[0, 0] - gaps[0, -1]))
+        earlier, _ = fitted_parameters(form, sizes[:-1], gaps[:, :-1], points.errors[:-1], _exponents(points))
+        left_out = abs(float(values_of(form, earlier, sizes[-1:])[0, 0] - gaps[0, -1]))
     spare = count - free - 1
     aicc = chi2 + 2 * free + 2 * free * (free + 1) / spare if spare > 0 else math.inf
     floor, scale, exponent, knee = map(float, parameters[0])
@@ -409,7 +400,7 @@ def fitted_curve(
     found = best_fit(points) if form is None else fit(points, form)
     means = _resampled_means(points, resamples, rng)
     sizes = points.sizes.astype(np.float64)
-    parameters, _ = _fitted(found.curve.form, sizes, means, points.errors, _exponents(points))
+    parameters, _ = fitted_parameters(found.curve.form, sizes, means, points.errors, _exponents(points))
     return FittedCurve(points, found, level, parameters)
 
 
@@ -467,64 +458,6 @@ def _resampled_means(points: Points, resamples: int, rng: np.random.Generator) -
     return means
 
 
-def _shapes(
-    form: Form,
-    sizes: Float[np.ndarray, " sizes"],
-    exponents: Float[np.ndarray, " curves"],
-    knees: Float[np.ndarray, " curves"],
-) -> Float[np.ndarray, "curves sizes"]:
-    # What b is multiplied with: falls to 0 as n grows.
-    c, n_c = exponents[:, None], knees[:, None]
-    shapes: Float[np.ndarray, "curves sizes"]
-    if form == "power":
-        shapes = sizes**-c
-    elif form == "bounded power":
-        shapes = (1 + sizes / n_c) ** -c
-    else:
-        shapes = 1 / (1 + (sizes / n_c) ** c)
-    return shapes
-
-
-def _values(
-    form: Form, parameters: Float[np.ndarray, "curves 4"], sizes: Float[np.ndarray, " sizes"]
-) -> Float[np.ndarray, "curves sizes"]:
-    floors, scales, exponents, knees = parameters.T
-    values: Float[np.ndarray, "curves sizes"]
-    values = floors[:, None] + scales[:, None] * _shapes(form, sizes, exponents, knees)
-    return values
-
-
-def _slopes(form: Form, parameters: Float[np.ndarray, "curves 4"], n: float) -> Float[np.ndarray, " curves"]:
-    floors, scales, exponents, knees = parameters.T
-    shapes = _shapes(form, np.array([n]), exponents, knees)[:, 0]
-    # d log shape / d log n is -c times this.
-    part = {"power": np.ones_like(shapes), "bounded power": n / (n + knees), "logistic": 1 - shapes}[form]
-    changes = -scales * exponents * shapes * part
-    slopes = np.zeros_like(shapes)
-    with np.errstate(divide="ignore"):
-        np.divide(changes, floors + scales * shapes, out=slopes, where=changes != 0)
-    return slopes
-
-
-def _sizes_within(
-    form: Form, parameters: Float[np.ndarray, "curves 4"], epsilon: float, least: float
-) -> Float[np.ndarray, " curves"]:
-    # The smallest n >= `least` with a curve of at most epsilon, infinite where there is none.
-    floors, scales, exponents, knees = parameters.T
-    first = _values(form, parameters, np.array([least]))[:, 0]
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        shapes = (epsilon - floors) / scales
-        if form == "power":
-            sizes = shapes ** (-1 / exponents)
-        elif form == "bounded power":
-            sizes = knees * (shapes ** (-1 / exponents) - 1)
-        else:
-            sizes = knees * (1 / shapes - 1) ** (1 / exponents)
-    sizes = np.where((scales > 0) & (floors < epsilon), np.maximum(sizes, least), np.inf)
-    found: Float[np.ndarray, " curves"] = np.where(first <= epsilon, least, sizes)
-    return found
-
-
 def _whole(n: float) -> int | None:
     # 4 / 0.1 is 40, whatever the last digit says.
     return math.ceil(n * (1 - 1e-6)) if n <= MOST_EXAMPLES else None
@@ -534,147 +467,6 @@ def _percentiles(values: Float[np.ndarray, " resamples"], level: float) -> Range
     # Ranks rounded outward, without arithmetic between values: some may be infinite.
     ordered, tail = np.sort(values), (1 - level) / 2 * (len(values) - 1)
     return Range(float(ordered[math.floor(tail)]), float(ordered[math.ceil(len(values) - 1 - tail)]))
-
-
-def _fitted(
-    form: Form,
-    sizes: Float[np.ndarray, " sizes"],
-    gaps: Float[np.ndarray, "curves sizes"],
-    errors: Float[np.ndarray, " sizes"],
-    exponents: tuple[float, float],
-) -> tuple[Float[np.ndarray, "curves 4"], Float[np.ndarray, " curves"]]:
-    # Parameters and chi2 of the best curve for each row of gaps.
-    ranges = [exponents] if form == "power" else [exponents, (sizes[0] / KNEE_BEYOND, sizes[-1] * KNEE_BEYOND)]
-    bounds = np.log(np.array(ranges))
-    found, chi2s = [], []
-    for start in range(0, len(gaps), CHUNK):
-        chunk = gaps[start : start + CHUNK]
-        logs = _starts(form, sizes, chunk, errors, bounds)
-        logs = _polished(form, sizes, np.repeat(chunk, STARTS, axis=0), errors, logs, bounds)
-        residuals, firsts, floors = _projected(form, sizes, np.repeat(chunk, STARTS, axis=0), errors, logs)
-        chi2 = (residuals**2).sum(axis=1)
-        # Of starts that lead to equally good curves the first counts.
-        best = np.maximum(chi2.reshape(-1, STARTS), 1e-14).argmin(axis=1) + STARTS * np.arange(len(chunk))
-        exponent = np.exp(logs[best, 0])
-        knee = np.ones_like(exponent) if form == "power" else np.exp(logs[best, 1])
-        scale = (firsts - floors)[best] / _shapes(form, sizes[:1], exponent, knee)[:, 0]
-        found.append(np.stack([floors[best], scale, exponent, knee], axis=1))
-        chi2s.append(chi2[best])
-    return np.concatenate(found), np.concatenate(chi2s)
-
-
-def _starts(
-    form: Form,
-    sizes: Float[np.ndarray, " sizes"],
-    gaps: Float[np.ndarray, "curves sizes"],
-    errors: Float[np.ndarray, " sizes"],
-    bounds: Float[np.ndarray, "shape_parameters 2"],
-) -> Float[np.ndarray, "starts shape_parameters"]:
-    # For each row of gaps the best points of a grid of log c (and log n_c), one in each band of exponents.
-    steps = 40 if form == "power" else 20
-    axes = [np.linspace(low, high, steps) for low, high in bounds]
-    grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(bounds))
-    falls = _falls(form, sizes, grid) / errors
-    rises = 1 / errors - falls
-    scaled = gaps / errors
-    products = (falls * falls).sum(axis=1), (falls * rises).sum(axis=1), (rises * rises).sum(axis=1)
-    _, _, excess = _best_ends(*products, scaled @ falls.T, scaled @ rises.T)
-    # Differences that are rounding errors are none: of equally good points the first counts.
-    chi2 = np.maximum((scaled**2).sum(axis=1, keepdims=True) + excess, 1e-9)
-    bands = np.array_split(np.arange(len(grid)), STARTS)
-    best = np.stack([band[chi2[:, band].argmin(axis=1)] for band in bands], axis=1)
-    starts: Float[np.ndarray, "starts shape_parameters"] = grid[best.ravel()]
-    return starts
-
-
-def _polished(
-    form: Form,
-    sizes: Float[np.ndarray, " sizes"],
-    gaps: Float[np.ndarray, "curves sizes"],
-    errors: Float[np.ndarray, " sizes"],
-    logs: Float[np.ndarray, "curves shape_parameters"],
-    bounds: Float[np.ndarray, "shape_parameters 2"],
-) -> Float[np.ndarray, "curves shape_parameters"]:
-    # Levenberg and Marquardt's method within bounds, for all rows at once; derivatives by differences.
-    low, high, unit = bounds[:, 0], bounds[:, 1], np.eye(len(bounds))
-    residuals, _, _ = _projected(form, sizes, gaps, errors, logs)
-    damping, active = np.full(len(logs), 1e-3), np.arange(len(logs))
-    for _ in range(ROUNDS):
-        here, before, wanted = logs[active], residuals[active], gaps[active]
-        near = np.concatenate([here + 1e-6 * one for one in unit])
-        moved, _, _ = _projected(form, sizes, np.tile(wanted, (len(unit), 1)), errors, near)
-        slopes = np.moveaxis((moved.reshape(-1, *wanted.shape) - before) / 1e-6, 0, -1)
-        gradient = np.einsum("csp,cs->cp", slopes, before)
-        # A parameter that would leave its bounds stays, and the others take their best step without it.
-        stays = ((here <= low) & (gradient > 0)) | ((here >= high) & (gradient < 0))
-        slopes = np.where(stays[:, None, :], 0.0, slopes)
-        normal = np.einsum("csp,csq->cpq", slopes, slopes)
-        normal = normal * (1 + damping[active, None, None] * unit) + 1e-12 * unit
-        steps = np.linalg.solve(normal, np.where(stays, 0.0, -gradient)[..., None])[..., 0]
-        tried = np.clip(here + np.clip(steps, -1.0, 1.0), low, high)
-        after, _, _ = _projected(form, sizes, wanted, errors, tried)
-        chi2 = (before**2).sum(axis=1)
-        gain = chi2 - (after**2).sum(axis=1)
-        better = gain > 0
-        logs[active[better]], residuals[active[better]] = tried[better], after[better]
-        damping[active] = np.clip(damping[active] * np.where(better, 0.25, 4.0), 1e-9, 1e9)
-        settled = better & (gain < 1e-7 * chi2 + 1e-13)
-        active = active[~settled & (np.abs(tried - here).max(axis=1) > 1e-7)]
-        if len(active) == 0:
-            break
-    return logs
-
-
-def _projected(
-    form: Form,
-    sizes: Float[np.ndarray, " sizes"],
-    gaps: Float[np.ndarray, "curves sizes"],
-    errors: Float[np.ndarray, " sizes"],
-    logs: Float[np.ndarray, "curves shape_parameters"],
-) -> tuple[Float[np.ndarray, "curves sizes"], Float[np.ndarray, " curves"], Float[np.ndarray, " curves"]]:
-    # Residuals over errors, first value and floor of the best curve with these log c (and log n_c).
-    falls = _falls(form, sizes, logs) / errors
-    rises, scaled = 1 / errors - falls, gaps / errors
-    pairs = ((falls, falls), (falls, rises), (rises, rises), (falls, scaled), (rises, scaled))
-    firsts, floors, _ = _best_ends(*((a * b).sum(axis=1) for a, b in pairs))
-    return scaled - firsts[:, None] * falls - floors[:, None] * rises, firsts, floors
-
-
-def _falls(
-    form: Form, sizes: Float[np.ndarray, " sizes"], logs: Float[np.ndarray, "curves shape_parameters"]
-) -> Float[np.ndarray, "curves sizes"]:
-    # The part of the way from the first value to the floor that is left: 1 at the smallest size.
-    shapes = _shapes(form, sizes, np.exp(logs[:, 0]), np.exp(logs[:, -1]))
-    falls: Float[np.ndarray, "curves sizes"] = shapes / shapes[:, :1]
-    return falls
-
-
-def _best_ends(
-    uu: Float[np.ndarray, "*#many"],
-    uv: Float[np.ndarray, "*#many"],
-    vv: Float[np.ndarray, "*#many"],
-    u: Float[np.ndarray, "*#many"],
-    v: Float[np.ndarray, "*#many"],
-) -> tuple[Float[np.ndarray, "*many"], Float[np.ndarray, "*many"], Float[np.ndarray, "*many"]]:
-    # First value and floor in [0, 1] with the least uu first^2 + 2 uv first floor + vv floor^2 - 2 u first - 2 v floor,
-    # and that least value: chi2 but for a constant.
-    determinant = uu * vv - uv**2
-    with np.errstate(divide="ignore", invalid="ignore"):  # sizes that hardly differ, to the last digit
-        first, floor = (vv * u - uv * v) / determinant, (uu * v - uv * u) / determinant
-    inside = (first >= 0) & (first <= 1) & (floor >= 0) & (floor <= 1)
-    # A convex function: if its least value is outside of the square, the least one inside is on an edge.
-    zero, one = np.zeros_like(first), np.ones_like(first)
-    edges = [
-        (np.clip(u / uu, 0.0, 1.0) + zero, zero),
-        (np.clip((u - uv) / uu, 0.0, 1.0) + zero, one),
-        (zero, np.clip(v / vv, 0.0, 1.0) + zero),
-        (one, np.clip((v - uv) / vv, 0.0, 1.0) + zero),
-    ]
-    firsts, floors = (np.stack(ends) for ends in zip((first, floor), *edges, strict=True))
-    values = firsts * (uu * firsts + 2 * uv * floors - 2 * u) + floors * (vv * floors - 2 * v)
-    best = np.where(inside, 0, 1 + values[1:].argmin(axis=0))[None]
-    first, floor, least = (np.take_along_axis(each, best, axis=0)[0] for each in (firsts, floors, values))
-    return first, floor, least
 
 
 def _quantile(level: float) -> float:

@@ -30,6 +30,7 @@ SETTINGS = {
     "model": "{}",
     "retriever": "{}",
     "max_prompt_tokens": "{:,} tokens",
+    "shots": "shots {}",
     "seed": "seed {}",
     "reference": "against {}",
     "data_sha256": "queries {:.8}",

@@ -79,7 +79,6 @@ class Measurement:
     agreement: float | None = None
     ece: float | None = None
     label_mass: float | None = None
-    labels: int | None = None
     prompt_tokens_per_query: float | None = None
     output_tokens_per_query: float | None = None
     computed_tokens_per_query: float | None = None

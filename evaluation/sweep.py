@@ -111,7 +111,7 @@ class Worker:
         if ask.series != "floor":
             said = predictor_of(ask.series, program, backend).predict(data.queries.texts)
         asked = time.perf_counter()
-        prompts = program.prompts(data.queries.texts) if ask.series in ("program", "random shots") else []
+        prompts = program.prompts(data.queries.texts) if ask.budget is not None else []
         for key, first, second in job.rows:
             reference, answers, training_s = self._read(first)
             told = said or self._read(second or first)[1]
@@ -127,7 +127,6 @@ class Worker:
                 "retriever": ask.retriever,
                 "shots": None if ask.shots is None else str(ask.shots),
                 "seed": ask.seed,
-                "labels": len(program.labels),
                 "reference_examples": reference.examples,
                 "reference_seconds": training_s,
                 "gaps": [round(each, 5) for each in compared.per_query.tolist()],

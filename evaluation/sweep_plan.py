@@ -5,7 +5,8 @@
   there yet, and data that changed under the same name are measured anew. Machine, commit and time are no content.
 - The pools of one seed are nested (`Dataset.subset`), and all sizes are asked the same queries.
 - What does not depend on a setting is measured once, not once for each of its values: zero shots once a dataset, the
-  vote once a size, random shots with the most examples only. One answer of the model is compared with every reference.
+  vote once a size, random shots and shuffled labels with the most examples only. One answer of the model is compared
+  with every reference.
 - What cannot be measured (a budget below the longest query, a reference on too few rows) is left out with a sentence.
 """
 
@@ -189,10 +190,11 @@ class _Planner:
         if "neighbours' vote" in self._spec.baselines:
             for n in sizes:
                 yield self._job(Ask("neighbours' vote", name, seed, n), pairs[seed, n])
-        if "random shots" in self._spec.baselines:
-            for budget in budgets:
+        for series in ("random shots", "shuffled labels"):
+            retriever = None if series == "random shots" else self._spec.retrievers[0]
+            for budget in budgets if series in self._spec.baselines else []:
                 for shots in self._spec.shots:
-                    ask = Ask("random shots", name, seed, largest, None, shots, budget)
+                    ask = Ask(series, name, seed, largest, retriever, shots, budget)
                     yield self._job(ask, pairs[seed, largest])
         if "zero shots" in self._spec.baselines and seed == self._spec.seeds[0]:
             every = [pair for key, found in pairs.items() if key[1] == largest for pair in found]
@@ -327,7 +329,7 @@ def estimate(spec: SweepSpec, data: dict[str, Loaded], jobs: list[Job], trained:
                 continue
             for row in rows:
                 references |= {each.key: each for each in (row.reference, row.second) if each is not None}
-            if ask.series in ("program", "random shots"):
+            if ask.budget is not None:
                 room = max(0.0, (ask.budget or 0) - head - query)
                 most = ask.n if ask.shots == "fit" else min(int(ask.shots or 0), ask.n or 0)
                 prompts += len(loaded.queries) * (head + query + min(room, (most or 0) * shot))

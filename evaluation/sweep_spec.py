@@ -14,7 +14,7 @@ from typing import Any, Literal
 from icl_compiler.errors import SpecError
 from icl_compiler.registry import BACKENDS, METHODS, RETRIEVERS, did_you_mean
 
-BASELINES = ("random shots", "zero shots", "neighbours' vote", "floor")
+BASELINES = ("random shots", "shuffled labels", "zero shots", "neighbours' vote", "floor")
 """What may be measured beside the prompt; of these, all by default."""
 Size = int | Literal["all"]
 Shots = int | Literal["fit"]

@@ -16,7 +16,8 @@ COLUMNS = (
     "gap", "gap_low", "gap_high", "gap_truncation", "level", "n_queries", "accuracy", "accuracy_low", "accuracy_high",
     "reference_accuracy", "agreement", "ece", "label_mass", "shots_per_query", "prompt_tokens_per_query",
     "computed_tokens_per_query", "seconds_per_query", "seconds_model", "seconds_prompts", "seconds_evaluator",
-    "reference_examples", "reference_seconds", "model", "labels", "data_sha256", "machine", "commit", "version", "key",
+    "reference_examples", "reference_seconds", "model", "n_labels", "data_sha256", "machine", "commit", "version",
+    "key",
 )  # fmt: skip
 # Lists, one entry a query: in JSON only.
 _LONG = ("gaps", "correct", "reference_correct", "reliability")
