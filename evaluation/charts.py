@@ -97,7 +97,7 @@ def _curve(rows: Sequence[Measurement], value: str) -> Figure:
         "ticktext": [f"{n:,}" for n in sizes],
         "range": [math.log10(end) for end in ends],
     }
-    return _figure(traces, x, {"title": {"text": value}, "range": [0, _top(rows, value)]}, 460)
+    return new_figure(traces, x, {"title": {"text": value}, "range": [0, _top(rows, value)]}, 460)
 
 
 def _budget_curve(rows: Sequence[Measurement], head: Measurement) -> Figure:
@@ -129,7 +129,7 @@ def _budget_curve(rows: Sequence[Measurement], head: Measurement) -> Figure:
     }
     ticks = [2**power for power in range(4, 22) if ends[0] <= 2**power <= ends[1]]
     axis |= {"tickvals": ticks, "ticktext": [f"{tick:,}" for tick in ticks]} if len(ticks) > 1 else {}
-    return _figure(traces, axis, {"title": {"text": "gap"}, "range": [0, _top(rows, "gap")]}, 460)
+    return new_figure(traces, axis, {"title": {"text": "gap"}, "range": [0, _top(rows, "gap")]}, 460)
 
 
 def _dots(rows: Sequence[Measurement], value: str) -> Figure:
@@ -153,8 +153,8 @@ def _dots(rows: Sequence[Measurement], value: str) -> Figure:
                 "text": [share(x)],
                 "textposition": "top center" if x > 0.03 else "top right",
                 "textfont": {"size": 13, "color": "var(--ink)"},
-                "error_x": _bars([row], value) | {"color": _colour(row)},
-                "marker": _marker(row, 13),
+                "error_x": error_bars([row], value) | {"color": colour(row)},
+                "marker": marker(row, 13),
                 "name": name,
                 "hovertext": [_hover(row, value)],
                 "hoverinfo": "text",
@@ -171,7 +171,7 @@ def _dots(rows: Sequence[Measurement], value: str) -> Figure:
     top = _top(rows, value)
     spans = [(text, low, high) for text, low, high in marks if low is not None and high is not None]
     axis = {"type": "category", "automargin": True, "showgrid": False, "range": [-0.6, len(lines) - 0.3]}
-    figure = _figure(traces, {"title": {"text": title}, "range": [0, top]}, axis, 110 + 52 * len(lines))
+    figure = new_figure(traces, {"title": {"text": title}, "range": [0, top]}, axis, 110 + 52 * len(lines))
     figure["layout"] |= {
         "showlegend": False,
         "shapes": [_span(low, high) for _, low, high in spans],
@@ -233,7 +233,7 @@ def _line(name: str, rows: Sequence[Measurement], value: str, x: Sequence[float]
     for row, at in zip(rows, x, strict=True):
         places.setdefault((row.n_examples, row.max_prompt_tokens), []).append((at, getattr(row, value)))
     means = [[sum(column) / len(points) for column in zip(*points, strict=True)] for points in places.values()]
-    stroke = {"color": _colour(rows[0]), "width": 2.5, "dash": dash}
+    stroke = {"color": colour(rows[0]), "width": 2.5, "dash": dash}
     named = {"name": name, "legendgroup": name, "legendrank": _rank(rows[0])}
     points: Figure = {
         "type": "scatter",
@@ -241,8 +241,8 @@ def _line(name: str, rows: Sequence[Measurement], value: str, x: Sequence[float]
         "x": list(x),
         "y": [getattr(row, value) for row in rows],
         "line": stroke,
-        "error_y": _bars(rows, value) | {"color": _colour(rows[0])},
-        "marker": _marker(rows[0], 11),
+        "error_y": error_bars(rows, value) | {"color": colour(rows[0])},
+        "marker": marker(rows[0], 11),
         "hovertext": [_hover(row, value) for row in rows],
         "hoverinfo": "text",
     } | named
@@ -268,7 +268,7 @@ def _level(name: str, row: Measurement, value: str, ends: tuple[float, float]) -
         "mode": "lines",
         "x": x,
         "y": [at] * len(x),
-        "line": {"color": _colour(row), "width": 2, "dash": dashes.get(row.title, "dot")},
+        "line": {"color": colour(row), "width": 2, "dash": dashes.get(row.title, "dot")},
         "name": f"{name} {share(at)}",
         "legendgroup": name,
         "legendrank": _rank(row),
@@ -283,9 +283,9 @@ def _level(name: str, row: Measurement, value: str, ends: tuple[float, float]) -
         "x": [ends[0], ends[1], ends[1], ends[0]],
         "y": [low, low, high, high],
         "fill": "toself",
-        "fillcolor": _colour(row),
+        "fillcolor": colour(row),
         "opacity": 0.13,
-        "line": {"width": 0, "color": _colour(row)},
+        "line": {"width": 0, "color": colour(row)},
         "legendgroup": name,
         "showlegend": False,
         "hoverinfo": "skip",
@@ -316,7 +316,9 @@ def _reference_line(rows: Sequence[Measurement], ends: tuple[float, float]) -> l
     ]
 
 
-def _bars(rows: Sequence[Measurement], value: str) -> Figure:
+def error_bars(rows: Sequence[Measurement], value: str) -> Figure:
+    """The intervals of `value`, as bars around points."""
+
     def lengths(end: str, sign: int) -> list[float]:
         ends = [(getattr(row, value), getattr(row, f"{value}_{end}")) for row in rows]
         return [max(0.0, sign * (bound - at)) if bound is not None else 0.0 for at, bound in ends]
@@ -331,10 +333,11 @@ def _bars(rows: Sequence[Measurement], value: str) -> Figure:
     }
 
 
-def _marker(row: Measurement, size: int) -> Figure:
+def marker(row: Measurement, size: int) -> Figure:
+    """The symbol of a series, `size` pixels wide."""
     thin = SERIES[row.series][1] == "line-ns"
-    edge = {"width": 3 if thin else 1.5, "color": _colour(row) if thin else "var(--page)"}
-    return {"size": size, "symbol": SERIES[row.series][1], "color": _colour(row), "line": edge}
+    edge = {"width": 3 if thin else 1.5, "color": colour(row) if thin else "var(--page)"}
+    return {"size": size, "symbol": SERIES[row.series][1], "color": colour(row), "line": edge}
 
 
 def _hover(row: Measurement, value: str) -> str:
@@ -357,7 +360,8 @@ def _rank(row: Measurement) -> int:
     return 2 + list(SERIES).index(row.series)
 
 
-def _colour(row: Measurement) -> str:
+def colour(row: Measurement) -> str:
+    """The colour of a series, which the page fills in."""
     return f"var(--{row.series.replace(chr(39), '').replace(' ', '-')})"
 
 
@@ -367,7 +371,8 @@ def _top(rows: Sequence[Measurement], value: str) -> float:
     return 1.02 if value == "accuracy" else min(1.02, max(0.05, 1.1 * highest))
 
 
-def _figure(traces: list[Figure], x: Figure, y: Figure, height: int) -> Figure:
+def new_figure(traces: list[Figure], x: Figure, y: Figure, height: int) -> Figure:
+    """Traces with axes, in the look of the report; `height` in pixels."""
     axis = {
         "gridcolor": "var(--rule)",
         "linecolor": "var(--muted)",

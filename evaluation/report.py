@@ -21,6 +21,8 @@ from evaluation.charts import plots
 from evaluation.formatting import amount, brackets, levels_in_words, share
 from evaluation.measurement import Measurement, Row, checked, grouped, measurements
 from evaluation.sentences import answer, headline, sentences, status
+from evaluation.sweep_charts import decision_of, sweep_plots
+from evaluation.tables import PER_QUERY
 from icl_compiler.errors import EvaluationError
 
 # The hues of Okabe and Ito, darkened or lightened until they stand out from the page (at least 3:1).
@@ -91,6 +93,7 @@ def render(
 
     measured = measurements(rows)
     groups = grouped(measured)
+    read = {id(row): given for row, given in zip(measured, rows, strict=True)}
     raw = [json.dumps(_plain(row), ensure_ascii=False) for row in rows]
     folded = [_worst(query, number) for number, query in enumerate(worst, start=1)]
     content = json.dumps([raw, folded, list(commands), list(warnings), title])
@@ -103,11 +106,17 @@ def render(
     )
     environment.filters |= {"share": share, "amount": amount, "label": _label, "unbroken": _unbroken}
     environment.globals["brackets"] = brackets
-    parts = [(group, headline(group), status(group), sentences(group), plots(group)) for group in groups]
+    parts = [
+        (group, headline(group), status(group), sentences(group), plots(group) + sweep_plots(group, read))
+        for group in groups
+    ]
+    decisions = [decision_of(group, epsilon) for group in groups]
     return environment.get_template("report.html.jinja").render(
         title=title,
         answer=answer(groups),
         parts=parts,
+        decisions=decisions,
+        epsilon=epsilon,
         figures=[plot.figure for *_, shown in parts for plot in shown],
         rows=measured,
         levels=levels_in_words(measured),
@@ -167,8 +176,8 @@ def _provenance(rows: Sequence[Measurement]) -> list[dict[str, object]]:
 
 
 def _plain(row: Row) -> dict[str, object]:
-    """The row with plain Python numbers, those that are not finite as None: strict JSON."""
-    return {str(name): _plain_value(value) for name, value in row.items()}
+    """The row with plain Python numbers, None where not finite (strict JSON), and nothing of single queries."""
+    return {str(name): _plain_value(value) for name, value in row.items() if name not in PER_QUERY}
 
 
 def _plain_value(value: object) -> object:

@@ -19,8 +19,8 @@ COLUMNS = (
     "reference_examples", "reference_seconds", "model", "n_labels", "data_sha256", "machine", "commit", "version",
     "key",
 )  # fmt: skip
-# Lists, one entry a query: in JSON only.
-_LONG = ("gaps", "correct", "reference_correct", "reliability")
+PER_QUERY = ("gaps", "correct", "reference_correct", "reliability")
+"""Lists, most with one entry a query: in JSON only."""
 _IN_MARKDOWN = COLUMNS[:25]
 
 
@@ -38,7 +38,7 @@ def as_table(rows: Sequence[Row], kind: Kind) -> str:
     measurements(rows)
     if kind == "json":
         return json.dumps(list(rows), ensure_ascii=False, indent=2)
-    others = sorted({key for row in rows for key in row} - {*COLUMNS, *_LONG})
+    others = sorted({key for row in rows for key in row} - {*COLUMNS, *PER_QUERY})
     names = [*_IN_MARKDOWN] if kind == "md" else [*COLUMNS, *others]
     names = [name for name in names if any(row.get(name) is not None for row in rows)]
     if kind == "csv":

@@ -1,0 +1,259 @@
+"""The plots that a sweep adds to a report: the fitted curve beside the bounds, and the calibration of the prompt.
+
+- The curve is that of the head's program: its rows that differ in their number of examples only. Beyond the sizes
+  measured it is dotted, with its band, and ends at four times the largest.
+- The bounds are about a learner without prior, on a single query: a yardstick, not limits of a prompt. The paper's
+  orders have no constant; they are drawn with 1, dashed, and called so.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from evaluation.bounds import assouad_lower, laplace_tv, sharma_s1, sharma_s4
+from evaluation.charts import Figure, Plot, colour, error_bars, marker, new_figure
+from evaluation.curves import BASELESS, FittedCurve, Points, fitted_curve
+from evaluation.decide import ENOUGH_SIZES, SETTINGS, Decision, decide
+from evaluation.formatting import counted, share
+from evaluation.intervals import Interval
+from evaluation.measurement import Group, Measurement, Row
+from icl_compiler.errors import EvaluationError
+
+_PLACES = 41
+
+
+def line_of(group: Group) -> list[Measurement]:
+    """The rows of the head's program, by their number of examples; none without a head."""
+    head = group.head
+    same = [
+        row
+        for row in group.rows
+        if head is not None
+        and row.series == "program"
+        and row.gap is not None
+        and row.n_examples
+        and all(getattr(row, field) == getattr(head, field) for field in SETTINGS)
+    ]
+    by_size = {row.n_examples: row for row in same}
+    return [by_size[n] for n in sorted(by_size, key=lambda n: n or 0)]
+
+
+def decision_of(group: Group, epsilon: float) -> Decision | None:
+    """The verdict on the head's program; `None` where only one number of examples is measured."""
+    line = line_of(group)
+    if len(line) < 2:
+        return None
+    beside = [row for row in group.rows if row.series in ("floor", "neighbours' vote")]
+    try:
+        return decide([*line, *beside], epsilon=epsilon)[0]
+    except EvaluationError:
+        return None
+
+
+def sweep_plots(group: Group, raw: Mapping[int, Row]) -> list[Plot]:
+    """What a sweep adds to the plots of a group; `raw` are its rows as they were read, by the `id` of each."""
+    line = line_of(group)
+    found = []
+    if len(line) >= 2 and all(row.gap_low is not None and row.gap_high is not None for row in line):
+        curve = _curve(line, raw)
+        labels = next((row.n_labels for row in group.rows if row.n_labels), None)
+        if curve is not None or labels is not None:
+            found.append(_against_bounds(group, line, curve, labels))
+    head = group.head
+    bins = raw[id(head)].get("reliability") if head is not None else None
+    if isinstance(bins, Sequence) and bins:
+        found.append(_reliability(cast(Measurement, head), cast(Sequence[Sequence[Any]], bins)))
+    return found
+
+
+def _curve(line: Sequence[Measurement], raw: Mapping[int, Row]) -> FittedCurve | None:
+    if len(line) < ENOUGH_SIZES:
+        return None
+    sizes = np.array([row.n_examples for row in line])
+    level = line[0].level or 0.95
+    of_queries = [raw[id(row)].get("gaps") for row in line]
+    try:
+        if all(isinstance(each, list) for each in of_queries):
+            points = Points.from_queries(sizes, np.array(of_queries, dtype=np.float64).T)
+        else:
+            gaps, lows, highs = (
+                np.array([getattr(row, name) for row in line]) for name in ("gap", "gap_low", "gap_high")
+            )
+            points = Points.from_intervals(sizes, gaps, lows, highs, level=level)
+        return fitted_curve(points, rng=np.random.default_rng(0), level=level)
+    except (EvaluationError, ValueError):  # gaps of other queries at other sizes
+        return None
+
+
+def _against_bounds(group: Group, line: Sequence[Measurement], curve: FittedCurve | None, labels: int | None) -> Plot:
+    sizes = [cast(int, row.n_examples) for row in line]
+    last = sizes[-1] * BASELESS
+    end = float(last) if curve else sizes[-1] * 1.3
+    ends = (sizes[0] / 1.3, end)
+    traces: list[Figure] = []
+    words = ""
+    if labels is not None:
+        traces += _bounds(labels + 1, ends, 1 - (line[0].level or 0.95))
+        words = (
+            f' The grey band is what a learner without prior reaches on one query with {labels:,} labels and "other", '
+            "provably: above its lower end on the worst law, below its upper end on all. The dashed lines are the "
+            "orders of arXiv 2506.08060, whose constant is unknown (here 1). All of that is a yardstick: a frozen "
+            "model has a prior, and may lie on either side."
+        )
+    if curve is not None:
+        traces += _fit(curve, sizes, end)
+        form = curve.fit.curve.form
+        words = (
+            f" The line is a {form} curve with its {100 * curve.level:g} % bootstrap band (approximate); dotted, it is "
+            f"a guess.{words}"
+        )
+    traces.append(
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "x": sizes,
+            "y": [row.gap for row in line],
+            "error_y": error_bars(line, "gap") | {"color": colour(line[0])},
+            "marker": marker(line[0], 11),
+            "name": "the prompt, measured",
+            "hovertext": [
+                f"{counted(cast(int, row.n_examples), 'example')}<br>gap {share(row.gap, 3)}" for row in line
+            ],
+            "hoverinfo": "text",
+        }
+    )
+    floor = group.beside("floor")
+    if floor is not None:
+        traces.append(_straight(ends, cast(float, floor.gap), f"floor {share(floor.gap)}", "var(--floor)", "solid"))
+    x = {
+        "type": "log",
+        "title": {"text": "labelled examples"},
+        "tickvals": sizes + ([last] if curve else []),
+        "ticktext": [f"{n:,}" for n in sizes] + ([f"{last:,}"] if curve else []),
+        "range": [math.log10(place) for place in ends],
+    }
+    caption = f"The gap of the prompt the verdict speaks of, against the number of examples.{words}"
+    y = {"title": {"text": "gap, or total variation"}, "range": [0, 1.02]}
+    return Plot("The curve, and what theory says", caption, new_figure(traces, x, y, 480))
+
+
+def _bounds(outcomes: int, ends: tuple[float, float], delta: float) -> list[Figure]:
+    places = np.unique(np.geomspace(max(1.0, ends[0]), ends[1], _PLACES).round()).astype(int).tolist()
+    lower = [assouad_lower(n, outcomes) for n in places]
+    upper = [laplace_tv(n, outcomes) for n in places]
+    band = {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [*places, *reversed(places)],
+        "y": [*upper, *reversed(lower)],
+        "fill": "toself",
+        "fillcolor": "var(--muted)",
+        "opacity": 0.18,
+        "line": {"width": 0, "color": "var(--muted)"},
+        "name": "without prior, provable",
+        "hoverinfo": "skip",
+    }
+    orders = []
+    for name, enough, dash in (
+        ("V / eps^2 ln(1 / delta)", lambda epsilon: sharma_s1(1, outcomes, epsilon=epsilon, delta=delta), "dash"),
+        ("ln(1 / delta) / eps^2", lambda epsilon: sharma_s4(epsilon=epsilon, delta=delta), "longdash"),
+    ):
+        scale = enough(0.5) * 0.25  # both orders are a constant over eps^2
+        y = [min(1.0, math.sqrt(scale / n)) for n in places]
+        orders.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "x": places,
+                "y": y,
+                "line": {"color": "var(--muted)", "width": 2, "dash": dash},
+                "name": f"order {name}, constant unknown",
+                "hoverinfo": "skip",
+            }
+        )
+    return [band, *orders]
+
+
+def _fit(curve: FittedCurve, sizes: Sequence[int], end: float) -> list[Figure]:
+    traces: list[Figure] = []
+    for begin, stop, dash, named in ((sizes[0], sizes[-1], "solid", True), (sizes[-1], end, "dot", False)):
+        places = np.unique(np.geomspace(begin, stop, _PLACES).round()).astype(int).tolist()
+        said = [curve.predict(n) for n in places]
+        colour_of = "var(--program)"
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "x": [*places, *reversed(places)],
+                "y": [*(each.interval.high for each in said), *(each.interval.low for each in reversed(said))],
+                "fill": "toself",
+                "fillcolor": colour_of,
+                "opacity": 0.16 if named else 0.08,
+                "line": {"width": 0, "color": colour_of},
+                "showlegend": False,
+                "hoverinfo": "skip",
+            }
+        )
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "x": places,
+                "y": [each.gap for each in said],
+                "line": {"color": colour_of, "width": 2.5, "dash": dash},
+                "name": "fitted curve" if named else "extrapolation: a guess",
+                "hovertext": [
+                    f"{counted(n, 'example')}<br>{share(each.gap, 3)} {_brackets(each.interval)}"
+                    + (f"<br>{each.warning}" if each.warning else "")
+                    for n, each in zip(places, said, strict=True)
+                ],
+                "hoverinfo": "text",
+            }
+        )
+    return traces
+
+
+def _brackets(interval: Interval) -> str:
+    return f"[{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def _reliability(head: Measurement, bins: Sequence[Sequence[Any]]) -> Plot:
+    counts, confidences, right = zip(*bins, strict=True)
+    ideal = {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [0, 1],
+        "y": [0, 1],
+        "line": {"color": "var(--muted)", "width": 1.5, "dash": "dot"},
+        "name": "calibrated",
+        "hoverinfo": "skip",
+    }
+    points = {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "x": list(confidences),
+        "y": list(right),
+        "line": {"color": colour(head), "width": 1.5},
+        "marker": marker(head, 8) | {"size": [8 + 24 * math.sqrt(count / sum(counts)) for count in counts]},
+        "name": "the prompt",
+        "hovertext": [
+            f"{counted(int(count), 'query', 'queries')}<br>says {said:.2f}<br>right {share(found)}"
+            for count, said, found in bins
+        ],
+        "hoverinfo": "text",
+        "cliponaxis": False,
+    }
+    axis = {"range": [0, 1.02]}
+    caption = (
+        "Queries by the probability of the likeliest label, in ten bins: how often it is right. On the dotted line the "
+        f"prompt is calibrated, below it is too sure of itself. The expected calibration error is {share(head.ece, 3)}."
+    )
+    x, y = axis | {"title": {"text": "probability of its answer"}}, axis | {"title": {"text": "share that is right"}}
+    return Plot("Calibration of the prompt", caption, new_figure([ideal, points], x, y, 420))
+
+
+def _straight(ends: tuple[float, float], at: float, name: str, shade: str, dash: str) -> Figure:
+    line = {"color": shade, "width": 2, "dash": dash}
+    return {"type": "scatter", "mode": "lines", "x": list(ends), "y": [at, at], "line": line, "name": name}
