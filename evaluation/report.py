@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.charts import plots
-from evaluation.formatting import amount, brackets, levels_in_words, share
-from evaluation.measurement import Measurement, Row, checked, grouped, measurements
+from evaluation.decide import Decision
+from evaluation.formatting import amount, brackets, joined, levels_in_words, share
+from evaluation.measurement import Group, Measurement, Row, checked, grouped, measurements
 from evaluation.sentences import answer, headline, sentences, status
 from evaluation.sweep_charts import decision_of, sweep_plots
 from evaluation.tables import PER_QUERY
@@ -113,7 +114,7 @@ def render(
     decisions = [decision_of(group, epsilon) for group in groups]
     return environment.get_template("report.html.jinja").render(
         title=title,
-        answer=answer(groups),
+        answer=_answer(groups, decisions, epsilon),
         parts=parts,
         decisions=decisions,
         epsilon=epsilon,
@@ -165,6 +166,18 @@ def write_report(
         raise EvaluationError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _answer(groups: Sequence[Group], decisions: Sequence[Decision | None], epsilon: float) -> str:
+    """The answer in one line; with verdicts on several groups, what each advises."""
+    advice: dict[str, list[str]] = {}
+    for group, decision in zip(groups, decisions, strict=True):
+        if decision is not None and decision.verdict is not None:
+            advice.setdefault(decision.verdict.advice, []).append(group.name)
+    if len(groups) == 1 or not advice:
+        return answer(groups)
+    said = [f"{each} on {joined(names)}" for each, names in advice.items()]
+    return f"For a gap of {epsilon:g}: {'; '.join(said)}. {answer(groups)}"
 
 
 def _provenance(rows: Sequence[Measurement]) -> list[dict[str, object]]:

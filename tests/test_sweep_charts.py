@@ -1,9 +1,13 @@
 """What a sweep adds to the report: numbers against the functions they are drawn from, and the page in a browser."""
 
+import csv
+import io
+import json
 import shutil
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from measured_rows import row
 
 from evaluation.bounds import assouad_lower, laplace_tv, sharma_s1, sharma_s4
@@ -12,6 +16,7 @@ from evaluation.measurement import grouped, measurements
 from evaluation.report import render
 from evaluation.sweep_charts import decision_of, line_of, sweep_plots
 from evaluation.tables import as_table
+from icl_compiler.cli import main
 
 SIZES = (16, 64, 256, 1024)
 LABELS = 6
@@ -123,9 +128,6 @@ def test_a_single_size_has_no_verdict():
 
 
 def test_tables_hold_the_rows():
-    import csv
-    import io
-
     given = rows()
     read = list(csv.DictReader(io.StringIO(as_table(given, "csv"))))
     assert [float(each["gap"]) for each in read] == [each["gap"] for each in given]
@@ -134,6 +136,24 @@ def test_tables_hold_the_rows():
     lines = as_table(given, "md").splitlines()
     assert len(lines) == 2 + len(given)
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_the_commands_take_the_rows(tmp_path):
+    file, page = tmp_path / "rows.jsonl", tmp_path / "report.html"
+    file.write_text("".join(json.dumps(each) + "\n" for each in rows()))
+    judged = CliRunner().invoke(main, ["decide", str(file), "--epsilon", "0.15", "--json"])
+    assert [(each["name"], each["advice"], each["n"]) for each in json.loads(judged.stdout)] == [
+        ("trec, 512 tokens", "prompt", 256),
+        ("trec, 1,024 tokens", "prompt", 256),
+    ]
+    made = CliRunner().invoke(main, ["report", str(file), "-o", str(page), "--format", "csv", "--epsilon", "0.15"])
+    assert (made.exit_code, made.stderr) == (0, "")
+    assert len(made.stdout.splitlines()) == 1 + len(rows())
+    assert "Is a gap of 0.15 good enough?" in page.read_text()
+    file.write_text('{"series": "program"}\nno row\n')
+    broken = CliRunner().invoke(main, ["report", str(file), "--format", "md"])
+    assert (broken.exit_code, "rows.jsonl, line 2: expected a JSON object" in broken.stderr) == (1, True)
+    assert CliRunner().invoke(main, ["report", str(file)]).exit_code == 2
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

