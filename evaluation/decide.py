@@ -31,6 +31,7 @@ SETTINGS = {
     "retriever": "{}",
     "max_prompt_tokens": "{:,} tokens",
     "shots": "shots {}",
+    "calibration": "calibration {}",
     "seed": "seed {}",
     "reference": "against {}",
     "data_sha256": "queries {:.8}",

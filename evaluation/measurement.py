@@ -32,6 +32,7 @@ class Measurement:
     """A row, checked: numbers are numbers or None, proportions lie in [0, 1].
 
     Attributes:
+        calibration: of the program, as it was asked for; "auto" is that of lowest held-out risk.
         shots: most that were allowed: a number, or "fit".
         gap_truncation: by how much the bounds of a mean gap differ, whose midpoint is `gap`: of an engine that gives
             only its likeliest tokens. The interval covers it. `None` where the gap is exact.
@@ -53,6 +54,7 @@ class Measurement:
     max_prompt_tokens: int | None = None
     retriever: str | None = None
     shots: str | None = None
+    calibration: str | None = None
     shots_per_query: float | None = None
     gap: float | None = None
     gap_low: float | None = None

@@ -32,7 +32,8 @@ from evaluation.sweep_plan import Ask, Job, Loaded, Plan, ReferenceJob, load, lo
 from evaluation.sweep_spec import SweepSpec
 from icl_compiler.artifact import require_replaceable
 from icl_compiler.backends.backend import Backend, LabelScores, Usage
-from icl_compiler.compile import compile_program, zero_shot_program
+from icl_compiler.calibration.calibrating import calibrate
+from icl_compiler.compile import compile_program, with_calibration, zero_shot_program
 from icl_compiler.errors import ArtifactError
 from icl_compiler.predictor import Predictions, open_backend
 from icl_compiler.program import Program
@@ -106,6 +107,11 @@ class Worker:
         ask, data = job.ask, self.data(job.ask.dataset)
         backend = Stopwatch(self._engine)
         program = self._program(ask)
+        if ask.calibration not in (None, "none"):
+            names = None if ask.calibration == "auto" else ("none", ask.calibration)
+            program, choice = calibrate(program, backend, candidates=names, seed=ask.seed)
+            if names is not None:
+                program = with_calibration(program, choice.forced(names[1]).calibration)
         found, worst = [], []
         said = None
         if ask.series != "floor":
@@ -126,6 +132,8 @@ class Worker:
                 "max_prompt_tokens": ask.budget,
                 "retriever": ask.retriever,
                 "shots": None if ask.shots is None else str(ask.shots),
+                "calibration": ask.calibration,
+                "calibrated_by": program.calibration.method if ask.calibration else None,
                 "seed": ask.seed,
                 "reference_examples": reference.examples,
                 "reference_seconds": training_s,

@@ -21,7 +21,7 @@ from icl_compiler.command_line import (
     print_json,
     say,
 )
-from icl_compiler.registry import METHODS, RETRIEVERS
+from icl_compiler.registry import CALIBRATIONS, METHODS, RETRIEVERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,6 +97,15 @@ class _NumberOr(click.ParamType[str]):
     multiple=True,
     show_default="dense",
     help="How shots are found.",
+)
+@click.option(
+    "--calibration",
+    "calibrations",
+    type=TableName("calibration", {"auto": "", **CALIBRATIONS}),
+    metavar="NAME",
+    multiple=True,
+    show_default="none",
+    help="Of the prompt's probabilities: none, auto, or a method.",
 )
 @click.option(
     "--seed",
@@ -290,10 +299,20 @@ def _rate(rows: "list[dict[str, Any]]") -> float | None:
 
 
 def _table(jobs: "list[Job]") -> list[str]:
-    cells = [["dataset", "series", "n", "budget", "shots", "retriever", "seed", "rows"]]
+    cells = [["dataset", "series", "n", "budget", "shots", "retriever", "calibration", "seed", "rows"]]
     for job in jobs:
         ask = job.ask
-        parts = (ask.dataset, ask.series, ask.n, ask.budget, ask.shots, ask.retriever, ask.seed, len(job.rows))
+        parts = (
+            ask.dataset,
+            ask.series,
+            ask.n,
+            ask.budget,
+            ask.shots,
+            ask.retriever,
+            ask.calibration,
+            ask.seed,
+            len(job.rows),
+        )
         cells.append(["-" if part is None else str(part) for part in parts])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]

@@ -26,6 +26,8 @@ from evaluation.reference.loop import LoopSettings
 from evaluation.reference.method import make_method
 from evaluation.reference.trainer import HELD_OUT, load_reference, split_for_training
 from evaluation.sweep_spec import DatasetSpec, ReferenceSpec, SweepSpec
+from icl_compiler.calibration.calibrating import QUERIES
+from icl_compiler.calibration.choosing import LEAST_QUERIES
 from icl_compiler.compile import DEFAULT_TEMPLATES, load_tokenizer
 from icl_compiler.data import Dataset, load_dataset
 from icl_compiler.errors import SpecError, TrainingError
@@ -73,6 +75,7 @@ class Ask(NamedTuple):
     retriever: str | None = None
     shots: int | str | None = None
     budget: int | None = None
+    calibration: str | None = None
 
 
 class Comparison(NamedTuple):
@@ -180,10 +183,21 @@ class _Planner:
                 for n in sizes:
                     for budget in budgets:
                         for shots in self._spec.shots:
-                            ask = Ask("program", self._data.name, seed, n, retriever, shots, budget)
-                            jobs.append(self._job(ask, pairs[seed, n]))
+                            for calibration in self._calibrations(n):
+                                ask = Ask("program", self._data.name, seed, n, retriever, shots, budget, calibration)
+                                jobs.append(self._job(ask, pairs[seed, n]))
             jobs += self._baselines(seed, sizes, budgets, pairs)
         return jobs
+
+    def _calibrations(self, n: int) -> tuple[str, ...]:
+        wanted = self._spec.calibrations
+        kept = tuple(name for name in wanted if name == "none" or n >= LEAST_QUERIES)
+        if kept != wanted:
+            self._warn(f"{self._data.name}: not calibrated with {n:,} examples, which takes {LEAST_QUERIES}")
+        return kept
+
+    def _warn(self, text: str) -> None:
+        self.warnings += [] if text in self.warnings else [text]
 
     def _baselines(self, seed: int, sizes: list[int], budgets: list[int], pairs: dict[Any, Any]) -> Iterator[Job]:
         name, largest = self._data.name, sizes[-1]
@@ -243,8 +257,8 @@ class _Planner:
                 asked = [seed, other] if floor else [seed]
                 jobs = [self._trained(each, one, rows, 0, same=False) for one in asked]
             if reason := self._too_few(jobs[0]):
-                text = f"{self._data.name}: no {each.method} reference on {counted(jobs[0].rows, 'row')}: {reason}"
-                self.warnings += [] if text in self.warnings else [text]
+                on = counted(jobs[0].rows, "row")
+                self._warn(f"{self._data.name}: no {each.method} reference on {on}: {reason}")
                 continue
             found.append((jobs[0], tuple(jobs[1:])))
         return found
@@ -332,7 +346,8 @@ def estimate(spec: SweepSpec, data: dict[str, Loaded], jobs: list[Job], trained:
             if ask.budget is not None:
                 room = max(0.0, (ask.budget or 0) - head - query)
                 most = ask.n if ask.shots == "fit" else min(int(ask.shots or 0), ask.n or 0)
-                prompts += len(loaded.queries) * (head + query + min(room, (most or 0) * shot))
+                held_out = min(QUERIES, ask.n or 0) if ask.calibration not in (None, "none") else 0
+                prompts += (len(loaded.queries) + held_out) * (head + query + min(room, (most or 0) * shot))
             elif ask.series == "zero shots":
                 prompts += len(loaded.queries) * (head + query)
         for reference in references.values():

