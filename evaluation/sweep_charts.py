@@ -118,6 +118,7 @@ def _against_bounds(group: Group, line: Sequence[Measurement], curve: FittedCurv
             "error_y": error_bars(line, "gap") | {"color": colour(line[0])},
             "marker": marker(line[0], 11),
             "name": "the prompt, measured",
+            "showlegend": curve is None,
             "hovertext": [
                 f"{counted(cast(int, row.n_examples), 'example')}<br>gap {share(row.gap, 3)}" for row in line
             ],
@@ -136,7 +137,7 @@ def _against_bounds(group: Group, line: Sequence[Measurement], curve: FittedCurv
     }
     caption = f"The gap of the prompt the verdict speaks of, against the number of examples.{words}"
     y = {"title": {"text": "gap, or total variation"}, "range": [0, 1.02]}
-    return Plot("The curve, and what theory says", caption, new_figure(traces, x, y, 480))
+    return Plot("The curve, and what theory says", caption, new_figure(traces, x, y, 540))
 
 
 def _bounds(outcomes: int, ends: tuple[float, float], delta: float) -> list[Figure]:
@@ -157,8 +158,8 @@ def _bounds(outcomes: int, ends: tuple[float, float], delta: float) -> list[Figu
     }
     orders = []
     for name, at_half, dash in (
-        ("V / eps^2 ln(1 / delta)", sharma_s1(1, outcomes, epsilon=0.5, delta=delta), "dash"),
-        ("ln(1 / delta) / eps^2", sharma_s4(epsilon=0.5, delta=delta), "longdash"),
+        ("V ln(1/δ)/ε²", sharma_s1(1, outcomes, epsilon=0.5, delta=delta), "dash"),
+        ("ln(1/δ)/ε²", sharma_s4(epsilon=0.5, delta=delta), "longdash"),
     ):
         scale = at_half / 4  # both orders are a constant over eps^2
         y = [min(1.0, math.sqrt(scale / n)) for n in places]
@@ -169,7 +170,7 @@ def _bounds(outcomes: int, ends: tuple[float, float], delta: float) -> list[Figu
                 "x": places,
                 "y": y,
                 "line": {"color": "var(--muted)", "width": 2, "dash": dash},
-                "name": f"order {name}, constant unknown",
+                "name": f"order {name} (constant unknown)",
                 "hoverinfo": "skip",
             }
         )
