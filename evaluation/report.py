@@ -22,7 +22,7 @@ from evaluation.decide import Decision
 from evaluation.formatting import amount, brackets, joined, levels_in_words, share
 from evaluation.measurement import Group, Measurement, Row, checked, grouped, measurements
 from evaluation.sentences import answer, headline, sentences, status
-from evaluation.sweep_charts import decision_of, sweep_plots
+from evaluation.sweep_charts import crossing_of, decision_of, sweep_plots
 from evaluation.tables import PER_QUERY
 from icl_compiler.errors import EvaluationError
 
@@ -117,6 +117,7 @@ def render(
         answer=_answer(groups, decisions, epsilon),
         parts=parts,
         decisions=decisions,
+        crossings=[crossing_of(group, read) for group in groups],
         epsilon=epsilon,
         figures=[plot.figure for *_, shown in parts for plot in shown],
         rows=measured,

@@ -14,6 +14,7 @@ import numpy as np
 
 from evaluation.bounds import assouad_lower, laplace_tv, sharma_s1, sharma_s4
 from evaluation.charts import Figure, Plot, colour, error_bars, marker, new_figure
+from evaluation.crossover import crossover
 from evaluation.curves import BASELESS, FittedCurve, Points, fitted_curve
 from evaluation.decide import ENOUGH_SIZES, SETTINGS, Decision, decide
 from evaluation.formatting import counted, share
@@ -50,6 +51,39 @@ def decision_of(group: Group, epsilon: float) -> Decision | None:
         return decide([*line, *beside], epsilon=epsilon)[0]
     except EvaluationError:
         return None
+
+
+def crossing_of(group: Group, raw: Mapping[int, Row]) -> str | None:
+    """Where fine-tuning on the prompt's own examples becomes better than the prompt, in words; `None` if not measured.
+
+    From fitted curves of the error, so from four sizes on, of a sweep with references on the same examples.
+    """
+    line = line_of(group)
+    if len(line) < ENOUGH_SIZES or len({row.reference_examples for row in line}) < len(line):
+        return None
+    bits = [[str(raw[id(row)].get(name) or "") for row in line] for name in ("correct", "reference_correct")]
+    if any(len(each) != len(bits[0][0]) or len(each) < 2 for some in bits for each in some):
+        return None
+    sizes = np.array([row.n_examples for row in line])
+    prompt, tuned = (
+        fitted_curve(
+            Points.from_queries(sizes, np.array([[float(bit == "0") for bit in each] for each in some]).T),
+            rng=np.random.default_rng(0),
+            level=line[0].level or 0.95,
+        )
+        for some in bits
+    )
+    found = crossover(prompt, tuned)
+    if found.n is None:
+        better = "the prompt" if found.first_is_lower else "fine-tuning"
+        known = "" if found.low is None else f"; the interval of where they cross begins at {found.low:,} examples"
+        said = f"The fitted curves of the error do not cross: {better} on the same examples has the lower one{known}."
+    else:
+        better = "fine-tuning on the same examples" if found.first_is_lower else "the prompt"
+        high = "never" if found.high is None else f"{found.high:,}"
+        said = f"By the fitted curves of the error, {better} is better from {counted(found.n, 'example')} on "
+        said += f"[{found.low or found.n:,}, {high}] (approximate)."
+    return f"{said} {found.warning}." if found.warning else said
 
 
 def sweep_plots(group: Group, raw: Mapping[int, Row]) -> list[Plot]:

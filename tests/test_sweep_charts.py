@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -14,7 +15,7 @@ from evaluation.bounds import assouad_lower, laplace_tv, sharma_s1, sharma_s4
 from evaluation.curves import Points, fitted_curve
 from evaluation.measurement import grouped, measurements
 from evaluation.report import render
-from evaluation.sweep_charts import decision_of, line_of, sweep_plots
+from evaluation.sweep_charts import crossing_of, decision_of, line_of, sweep_plots
 from evaluation.tables import as_table
 from icl_compiler.cli import main
 
@@ -120,6 +121,24 @@ def test_the_verdict_stands_in_the_page():
     two = render([*rows(), *rows("mr")], epsilon=0.01)
     assert two.count("<strong>fine-tune</strong>") == 2
     assert '"gaps"' not in page
+
+
+def test_the_crossing_of_prompt_and_tuning():
+    """Errors of the prompt stay at 0.3, those of fine-tuning fall below that between 64 and 256 examples."""
+    changes = zip(rows(budgets=(1024,)), (0.6, 0.4, 0.2, 0.1), strict=False)
+    given = [
+        each
+        | {"correct": "0" * 60 + "1" * 140, "reference_examples": each["n_examples"]}
+        | {"reference_correct": "0" * round(200 * error) + "1" * (200 - round(200 * error))}
+        for each, error in changes
+    ]
+    group, raw = one_group(given)
+    said = crossing_of(group, raw)
+    n = int(re.search(r"better from (\d+) examples on", said)[1])
+    assert said.startswith("By the fitted curves of the error, fine-tuning on the same examples is better")
+    assert 64 < n < 256, "between the sizes where the measured errors change their order"
+    assert said in render(given).replace("\N{NO-BREAK SPACE}", " ")
+    assert crossing_of(*one_group([each | {"reference_examples": 1000} for each in given])) is None
 
 
 def test_a_single_size_has_no_verdict():
