@@ -55,7 +55,7 @@ class _NumberOr(click.ParamType[str]):
 
 
 @click.command()
-@click.argument("what", nargs=-1, required=True, metavar="SWEEP.yaml | DATASET...")
+@click.argument("dataset", nargs=-1, required=True, metavar="SWEEP.yaml | DATASET...")
 @click.option(
     "-o", "--output", type=OutputFolder(), required=True, help="Folder of the rows, the references, the report."
 )
@@ -166,7 +166,7 @@ class _NumberOr(click.ParamType[str]):
 @engine_options
 @json_option
 def sweep(
-    what: tuple[str, ...],
+    dataset: tuple[str, ...],
     output: Path,
     data: Path,
     references: tuple[str, ...],
@@ -198,8 +198,8 @@ def sweep(
     from evaluation.sweep import in_process, run
     from evaluation.sweep_plan import load, plan
 
-    spec = _spec(what, data, _changes(references, method, settings, epochs, no_baselines, given))
-    loaded = {dataset.name: load(spec, dataset) for dataset in spec.datasets}
+    spec = _spec(dataset, data, _changes(references, method, settings, epochs, no_baselines, given))
+    loaded = {each.name: load(spec, each) for each in spec.datasets}
     planned = plan(spec, loaded)
     for warning in planned.warnings:
         say(f"Warning: {warning}")
