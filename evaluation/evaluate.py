@@ -1,6 +1,7 @@
 """One evaluation: a program against its reference, with the baselines without which a gap says nothing.
 
 - The reference is asked once; every series is compared with the same answers.
+- Baselines are the model's own law. Where the program is calibrated, so is a series of the same answers without that.
 - The floor is a second reference, trained with another seed.
 - The scoring noise is the program itself scored again on some of the queries: by the same engine in batches of another
   composition, and in float32, where the engine's numbers have fewer bits. A long prompt is alone in its batch, so that
@@ -31,6 +32,7 @@ from evaluation.reference.trainer import Reference, same_labels
 from evaluation.sequential import running_interval
 from evaluation.tv import Sandwich
 from icl_compiler.backends.backend import Backend, Progress
+from icl_compiler.calibration.law import NO_CALIBRATION
 from icl_compiler.compile import new_retriever, without_rows, zero_shot_program
 from icl_compiler.data import Dataset
 from icl_compiler.errors import EvaluationError, ICLError
@@ -177,7 +179,9 @@ def evaluate(
     else:
         said = asked.said
         of_program |= {"epsilon": asked.epsilon, "decision": asked.stopped.answer, "queries_asked": len(data)}
-    rows = [row("program", said, **of_program)]
+    rows = [row("program", said, calibration=program.calibration.method, **of_program)]
+    if said.uncalibrated is not None:
+        rows.append(row("uncalibrated", said.uncalibrated))
     for name in series:
         if name in _ASKED:
             rows.append(row(name, ask(name, predictor_of(name, program, backend), data.texts)))
@@ -340,7 +344,7 @@ def _with_random_shots(program: Program) -> Program:
     index = new_retriever("uniform", encoder=program.settings.encoder, seed=program.settings.seed)
     index.fit(program.pool.data.texts)
     settings = replace(program.settings, retriever="uniform", order="best-first", layout="per-query")
-    return replace(program, settings=settings, retriever=index, blocks=None)
+    return replace(program, settings=settings, retriever=index, blocks=None, calibration=NO_CALIBRATION)
 
 
 def _with_shuffled_labels(program: Program) -> Program:
@@ -348,7 +352,7 @@ def _with_shuffled_labels(program: Program) -> Program:
     data = program.pool.data
     order = np.random.default_rng(program.settings.seed).permutation(len(data)).tolist()
     shuffled = replace(data, answers=tuple(data.answers[row] for row in order))
-    return replace(program, pool=encode_pool(program.template, shuffled))
+    return replace(program, pool=encode_pool(program.template, shuffled), calibration=NO_CALIBRATION)
 
 
 def _without_shots(program: Program) -> Program:
@@ -356,9 +360,8 @@ def _without_shots(program: Program) -> Program:
 
 
 def _vote(program: Program) -> NeighboursVote:
-    fitted = program.retriever if program.settings.retriever == "dense" else None
     encoder = program.settings.encoder
-    return NeighboursVote(program.pool.data, encoder=encoder, labels=program.labels, retriever=fitted)
+    return NeighboursVote(program.pool.data, encoder=encoder, labels=program.labels, retriever=program.dense)
 
 
 _ASKED: Mapping[str, Callable[[Program, Backend], PromptedPredictor | NeighboursVote]] = {

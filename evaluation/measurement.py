@@ -18,6 +18,7 @@ Row = Mapping[str, object]
 # Series in the order of the tables: name in words, marker in the plots.
 SERIES = {
     "program": ("the prompt", "circle"),
+    "uncalibrated": ("the prompt without its calibration", "circle-open"),
     "random shots": ("the prompt with random shots", "square"),
     "zero shots": ("the prompt with zero shots", "diamond"),
     "shuffled labels": ("the prompt with shuffled labels", "x"),
@@ -44,6 +45,7 @@ class Measurement:
             gap is then that of whole answers; `gap_coupling` and `gap_chain` are upper bounds on it, `token_gap` is the
             mean total variation of the next token along the reference's own texts; `accuracy` is the share of greedy
             outputs that are the target, and `finished` that of samples that came to their end.
+        calibration: the method by which the program's probabilities are calibrated; "none" where they are the model's.
         noise_against: of scoring noise, what the program was compared with: itself in "other batches", or in "float32".
     """
 
@@ -86,6 +88,7 @@ class Measurement:
     computed_tokens_per_query: float | None = None
     seconds_per_query: float | None = None
     noise_against: str | None = None
+    calibration: str | None = None
     model: str | None = None
     reference: str | None = None
     reference_examples: int | None = None

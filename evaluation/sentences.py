@@ -105,7 +105,7 @@ def sentences(group: Group) -> list[str]:
         _accuracy(head),
         *(
             _closer(head, other)
-            for other in map(group.beside, ("random shots", "zero shots", "shuffled labels"))
+            for other in map(group.beside, ("uncalibrated", "random shots", "zero shots", "shuffled labels"))
             if other
         ),
         _trend(group, head),

@@ -25,12 +25,15 @@ from icl_compiler.command_line import (
     template_option,
     text_column_option,
 )
-from icl_compiler.registry import RETRIEVERS
+from icl_compiler.registry import CALIBRATIONS, REFERENCES, RETRIEVERS, resolve
 
 if TYPE_CHECKING:
+    from icl_compiler.backends.backend import Backend
+    from icl_compiler.calibration.choosing import Choice
     from icl_compiler.data import Dataset
     from icl_compiler.layouts import Layout
     from icl_compiler.optimise.judges import Metric
+    from icl_compiler.predictor import Predictor
     from icl_compiler.program import Program
     from icl_compiler.selection import Order
 
@@ -130,6 +133,28 @@ if TYPE_CHECKING:
     metavar="SHARE",
     help="Share of the shots, and of their tokens, that is the block's in the layout mixed.",
 )
+@click.option(
+    "--calibration",
+    show_default="none; auto at -O2",
+    metavar="NAME",
+    type=TableName("calibration", {**CALIBRATIONS, "auto": ""}),
+    help="Make the label probabilities mean what they say. auto: ask the model about rows of DATA, each without "
+    "itself, and take the method that serves those best that it was not fitted to. Or one of "
+    f"{', '.join(CALIBRATIONS)}.",
+)
+@click.option(
+    "--calibrate-on",
+    default=200,
+    type=WholeNumber(min=10),
+    metavar="N",
+    help="Rows of DATA asked to calibrate; -O2 has asked.",
+)
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Calibrate towards the answers of the reference that `icl finetune` wrote there, not towards the labels.",
+)
 @template_option
 @click.option(
     "--where",
@@ -176,6 +201,9 @@ def compile_command(
     text_column: str | None,
     label_column: str | None,
     target_column: str | None,
+    calibration: str | None,
+    calibrate_on: int,
+    reference: Path | None,
     backend: str | None,
     server: str | None,
     in_flight: int | None,
@@ -187,8 +215,8 @@ def compile_command(
 
     DATA is a CSV, TSV, JSONL, JSON or Parquet file, a folder that Hugging Face datasets saved
     (FOLDER or FOLDER:SPLIT), or hf:NAME[:SPLIT]. A program is a folder. Up to -O1 compiling does not run the
-    language model; dense retrieval runs its encoder over all rows. -O2 searches; a setting that you name stays
-    as you say, and a search that is killed goes on with the same command.
+    language model, unless to calibrate; dense retrieval runs its encoder over all rows. -O2 searches; a setting
+    that you name stays as you say, and a search that is killed goes on with the same command.
 
     \b
       icl compile train.csv -o program
@@ -196,18 +224,28 @@ def compile_command(
       icl compile train.csv -o program --where lang=de --per-label 2
       icl compile train.csv -o program -O2 --budget 512 --time-limit 30
       icl compile train.csv -o program --layout clustered --clusters 20
+      icl compile train.csv -o program --calibration auto
       icl compile hf:ag_news -o program --examples 1000 --test test.csv
     """
     from icl_compiler.artifact import require_replaceable, save_program
+    from icl_compiler.calibration.calibrating import WITH_OWN_PROMPTS
     from icl_compiler.compile import compile_program
     from icl_compiler.data import load_dataset
     from icl_compiler.optimise.levels import DEFAULT_RETRIEVERS, optimise
     from icl_compiler.optimise.trace import table
     from icl_compiler.predictor import open_backend
 
-    if level != "2" and (backend or server or in_flight or dtype != "auto" or time_limit):
-        raise click.UsageError(f"-O{level} runs no model; --backend, --server, --dtype and --time-limit are for -O2")
+    calibration = calibration or ("auto" if level == "2" else "none")
+    if level != "2" and time_limit:
+        raise click.UsageError(f"-O{level} does not search; --time-limit is for -O2")
+    if level != "2" and calibration == "none" and (backend or server or in_flight or dtype != "auto"):
+        raise click.UsageError(
+            f"-O{level} runs no model without --calibration; --backend, --server, --in-flight and --dtype are for it, "
+            "and for -O2"
+        )
     require_replaceable(output, kind="program")
+    if level != "2" and calibration == "none" and reference:
+        raise click.UsageError("--reference says what to calibrate towards; give --calibration auto too, or -O2")
     dataset = load_dataset(
         data, text_column=text_column, label_column=label_column, target_column=target_column, where=where
     )
@@ -241,11 +279,17 @@ def compile_command(
     if too_long := _never_fit(program):
         warnings.append(f"{counted(too_long, 'row')} too long to be a shot in a prompt of {budget:,} tokens (--budget)")
         say(f"Warning: {warnings[-1]}")
+    engine = None
+    if level == "2" or calibration != "none":
+        engine = open_backend(backend, model, dtype=dtype, server=server, in_flight=in_flight)
     trace: list[dict[str, Any]] = []
-    if level == "2":
+    target = None
+    if reference is not None:
+        target = resolve("reference", REFERENCES, "folder")(reference).predictor(dtype=dtype)
+    later = calibration in WITH_OWN_PROMPTS or level != "2"  # else the search calibrates with what it asked
+    if engine is not None and level == "2":
         named = {"retriever": retriever, "shots": shots, "order": order, "per_label": per_label, "template": template}
         log = output.with_name(f"{output.name}.search.jsonl")
-        engine = open_backend(backend, model, dtype=dtype, server=server, in_flight=in_flight)
         try:
             with progress_bar("searching", search_queries, "prompt") as advance:
                 program, trace = optimise(
@@ -254,6 +298,8 @@ def compile_command(
                     fixed=frozenset(name for name, value in named.items() if value is not None),
                     queries=search_queries,
                     time_limit_s=60 * (time_limit or math.inf),
+                    calibrations=None if calibration == "auto" else ["none" if later else calibration],
+                    reference=target,
                     metric=metric,
                     log=log,
                     progress=advance,
@@ -262,6 +308,9 @@ def compile_command(
             if log.exists():
                 say(f"What the model said so far is kept in {log}; the same command goes on from there.")
             raise
+    choice = None
+    if engine is not None and later and calibration != "none":
+        program, choice = _calibrated(program, engine, calibration, calibrate_on, target)
     save_program(program, output, trace=trace)
     if trace:
         log.unlink(missing_ok=True)
@@ -284,6 +333,11 @@ def compile_command(
         "budget": budget,
         "tokens_per_shot": round(len(program.pool.tokens) / max(1, len(program.pool.data)), 1),
         "search": trace[0] if trace else None,
+        "calibration": {
+            "method": program.calibration.method,
+            "description": program.calibration.describe(),
+            **(_told(choice) if choice else {}),
+        },
         "warnings": warnings,
     }
     if as_json:
@@ -302,6 +356,67 @@ def compile_command(
             f"a prompt has about {program.expected.prompt_tokens:,.0f} tokens, of which a server with a prefix cache "
             f"computes {program.expected.computed_tokens:,.0f}"
         )
+    if choice is not None:
+        for line in _candidate_lines(choice):
+            click.echo(line)
+
+
+def _calibrated(
+    program: "Program", engine: "Backend", name: str, queries: int, reference: "Predictor | None"
+) -> "tuple[Program, Choice]":
+    """The program with the calibration `name`, or with what serves best on rows of its pool."""
+    from icl_compiler.calibration.calibrating import calibrate
+    from icl_compiler.compile import with_calibration
+
+    with progress_bar("calibrating", min(queries, len(program.pool.data)), "text") as advance:
+        program, choice = calibrate(
+            program,
+            engine,
+            queries=queries,
+            candidates=None if name == "auto" else [name],
+            reference=reference,
+            seed=program.settings.seed,
+            progress=advance,
+        )
+    if name != "auto":
+        choice = choice.forced(name)
+    return with_calibration(program, choice.calibration), choice
+
+
+def _candidate_lines(choice: "Choice") -> list[str]:
+    """What was compared, as a table, and what was taken."""
+    headings = ["calibration", choice.risk, "accuracy"]
+    cells = [
+        [each.name, f"{each.risk:.3f} [{each.risk_low:.3f}, {each.risk_high:.3f}]", f"{each.accuracy:.3f}"]
+        for each in choice.candidates
+    ]
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in [headings, *cells]
+    ]
+    what = f"{choice.queries:,} rows of the pool, each answered without itself, and calibrated without its fold"
+    return [
+        "",
+        *lines,
+        f"on {what}; {choice.usage.computed_tokens:,} tokens computed",
+        f"taken: {choice.calibration.describe()}",
+        f"because {choice.why}",
+    ]
+
+
+def _told(choice: "Choice") -> dict[str, Any]:
+    """The same for machines."""
+    return {
+        "why": choice.why,
+        "risk": choice.risk,
+        "queries": choice.queries,
+        "computed_tokens": choice.usage.computed_tokens,
+        "candidates": [
+            {"method": each.name, **each._asdict()} | {"calibration": each.calibration.describe()}
+            for each in choice.candidates
+        ],
+    }
 
 
 def _shots_in_words(program: "Program") -> str:

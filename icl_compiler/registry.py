@@ -50,6 +50,9 @@ METHODS: Mapping[str, str] = {
     "full": "evaluation.reference.full:Full",
     "head": "evaluation.reference.head:Head",
 }
+REFERENCES: Mapping[str, str] = {
+    "folder": "evaluation.reference.trainer:load_reference",
+}
 COMMANDS: Mapping[str, str] = {
     "demo": "evaluation.cli:demo",
     "compile": "icl_compiler.compile_cli:compile_command",

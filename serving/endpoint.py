@@ -222,14 +222,15 @@ class Endpoint:
         sampled = shadow is not None and shadow.draw()
         prompt = await self._preparer.prompt(edition.program, text)
         prepared = time.perf_counter()
+        some = None if sampled or edition.program.calibration.method != "none" else top  # calibration wants all
         async with self.line.turn(prompt.tokens):
             turned = time.perf_counter()
-            scores = await edition.engine.label_logprobs(
-                list(prompt.tokens), edition.walk, edition.groups, top=None if sampled else top
-            )
+            scores = await edition.engine.label_logprobs(list(prompt.tokens), edition.walk, edition.groups, top=some)
         timing = Timing(prepared - started, turned - prepared, time.perf_counter() - turned)
-        upper = None if scores.upper is None else np.minimum(np.exp(scores.upper), 1.0)
-        return Labelled(np.exp(scores.lower), upper, prompt, scores, timing, sampled)
+        upper = None if scores.upper is None else scores.upper[None, :]
+        law = edition.program.law([prompt], scores.lower[None, :], upper)
+        most = None if law.upper is None else law.upper[0]
+        return Labelled(law.probabilities[0], most, prompt, scores, timing, sampled)
 
     async def explain(self, edition: Edition, text: str) -> Explanation:
         """The prompt for a text, taken apart; no engine is asked.

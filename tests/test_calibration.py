@@ -9,6 +9,7 @@ from hashed_words import HashedWords
 from toys import TopEcho, customers
 
 from icl_compiler import compile as compiling
+from icl_compiler import registry
 from icl_compiler.artifact import load_program, save_program
 from icl_compiler.backends.echo import EchoBackend
 from icl_compiler.calibration.calibrating import calibrate, held_out_of, score_held_out, with_voters
@@ -309,3 +310,111 @@ def test_what_cannot_be_calibrated():
 
     with pytest.raises(LabelError, match="other labels than the program"):
         score_held_out(program(), EchoBackend(), reference=Others())
+
+
+# The command line
+
+
+def command(*arguments):
+    from click.testing import CliRunner
+
+    from icl_compiler.cli import main
+
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "train.csv"
+    data = many()
+    file.write_text("text,label\n" + "".join(f"{t},{a}\n" for t, a in zip(data.texts, data.answers, strict=True)))
+    return file
+
+
+def test_compile_calibrates_and_says_why(rows, tmp_path):
+    arguments = (
+        "compile",
+        rows,
+        "-o",
+        tmp_path / "p",
+        "--model",
+        "echo",
+        "--calibration",
+        "auto",
+        "--calibrate-on",
+        30,
+    )
+    shown = command(*arguments)
+    assert shown.exit_code == 0, shown.output
+    plain = compile_program(compiling.Dataset(many().texts, many().answers, "classification", "x"), model="echo")
+    expected, choice = calibrate(plain, EchoBackend(), queries=30)
+    assert f"taken: {choice.calibration.describe()}\nbecause {choice.why}\n" in shown.output
+    for candidate in choice.candidates:
+        assert f"{candidate.risk:.3f} [{candidate.risk_low:.3f}, {candidate.risk_high:.3f}]" in shown.output
+    np.testing.assert_allclose(said(load_program(tmp_path / "p")).probabilities, said(expected).probabilities)
+    told = json.loads(command(*arguments, "--json").stdout)["calibration"]
+    assert told["method"] == choice.calibration.method
+    assert [each["method"] for each in told["candidates"]] == [each.name for each in choice.candidates]
+    assert told["candidates"][0]["risk"] == pytest.approx(choice.candidates[0].risk)
+    predicted = command("predict", tmp_path / "p", "a card")
+    assert sum(json.loads(predicted.stdout)["probabilities"].values()) == pytest.approx(1)
+
+
+def test_a_calibration_may_be_asked_for_by_name(rows, tmp_path):
+    shown = command("compile", rows, "-o", tmp_path / "p", "--model", "echo", "--calibration", "bias", "--json")
+    told = json.loads(shown.stdout)["calibration"]
+    assert (told["method"], told["why"]) == ("bias", "bias was asked for")
+    assert load_program(tmp_path / "p").calibration.method == "bias"
+    told = json.loads(command("compile", rows, "-o", tmp_path / "p", "--model", "echo", "--json").stdout)
+    assert told["calibration"] == {"method": "none", "description": "none"}
+    assert load_program(tmp_path / "p").calibration.method == "none"
+
+
+FOREIGN = """
+import numpy as np
+from icl_compiler.backends.backend import Usage
+from icl_compiler.predictor import Predictions
+
+class Sure:
+    labels = ("card", "parcel", "refund")
+
+    def predict(self, texts, *, progress=None):
+        laws = np.tile([0.0, 0.0, 1.0], (len(texts), 1))
+        return Predictions(self.labels, laws, np.zeros(len(texts), dtype=np.int64), Usage(0, 0, 0), 0.0)
+
+class Reference:
+    def __init__(self, folder):
+        assert folder.name == "there"
+
+    def predictor(self, *, dtype):
+        return Sure()
+"""
+
+
+def test_compile_calibrates_towards_a_reference(rows, tmp_path, monkeypatch):
+    (tmp_path / "sure_reference.py").write_text(FOREIGN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(registry.REFERENCES, "folder", "sure_reference:Reference")
+    arguments = ("-o", tmp_path / "p", "--model", "echo", "--calibration", "auto", "--reference", "there", "--json")
+    told = json.loads(command("compile", rows, *arguments).stdout)["calibration"]
+    assert told["risk"] == "TV to the reference"
+    law = said(load_program(tmp_path / "p"), ["a card", "my post"]).probabilities
+    assert law.argmax(axis=1).tolist() == [2, 2]  # as the reference, and not as the labels, says
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--calibration", "temprature"], "Did you mean 'temperature'?"),
+        (["--server", "http://127.0.0.1:1"], "-O1 runs no model without --calibration"),
+        (["--reference", "nowhere"], "give --calibration auto too"),
+        (["--calibration", "auto", "--calibrate-on", "9"], "9 is not in the range x>=10"),
+        (["--calibration", "auto", "--reference", "nowhere"], "there is no reference 'nowhere'"),
+        (["--calibration", "auto", "--examples", "9"], "9 held-out queries are too few"),
+    ],
+)
+def test_wrong_use_is_told(more, message, rows, tmp_path):
+    shown = command("compile", rows, "-o", tmp_path / "p", "--model", "echo", *more)
+    assert shown.exit_code in (1, 2)
+    assert message in shown.output
+    assert not (tmp_path / "p").exists()

@@ -27,6 +27,8 @@ _PRIOR_PROMPTS = 21
 _CONTENT_FREE = ("N/A", "[MASK]", "")
 WITH_VOTERS = ("mixture", "product")
 """Calibrations that count votes of neighbours."""
+WITH_OWN_PROMPTS = ("pmi", "contextual", "domain-context")
+"""Calibrations for which the model is asked more than the held-out queries."""
 
 
 def calibrate(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from icl_compiler.backends.backend import Usage
 from icl_compiler.calibration.held_out import HeldOut
 from icl_compiler.calibration.law import Calibration, Evidence, Measured
 from icl_compiler.calibration.votes import Voters
@@ -53,13 +54,14 @@ class Candidate(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What was chosen, why, and from what."""
+    """What was chosen, why, from what, and what the answers cost that it rests on."""
 
     calibration: Calibration
     why: str
     candidates: tuple[Candidate, ...]
     queries: int
     risk: str
+    usage: Usage
 
     def forced(self, name: str) -> "Choice":
         """The candidate `name` instead, whatever its risk.
@@ -107,7 +109,7 @@ def fit_and_choose(held_out: HeldOut, candidates: Sequence[str] | None = None) -
     why = f"{found[lowest].name} has the lowest risk"
     if chosen != lowest:
         why += f", and the simpler {found[chosen].name} is within one standard error of it"
-    return Choice(found[chosen].calibration, why, tuple(found), queries, held_out.risk)
+    return Choice(found[chosen].calibration, why, tuple(found), queries, held_out.risk, held_out.usage)
 
 
 class CrossValidated(NamedTuple):

@@ -137,8 +137,8 @@ class Calibration:
         votes = self._votes(evidence)
         if evidence.upper is None:
             return Law(self._pooled(softmax(self._scores(evidence.middle, votes)), votes))
-        low, high = np.maximum(evidence.logprobs, -np.inf), np.maximum(evidence.upper, evidence.logprobs)
-        least, most = _bounds(self._scores(low, votes), self._scores(high, votes))
+        highest = np.maximum(evidence.upper, evidence.logprobs)
+        least, most = _bounds(self._scores(evidence.logprobs, votes), self._scores(highest, votes))
         if self.anchors is None:
             return Law(self._pooled(least, votes), self._pooled(most, votes))
         return Law((1 - self.weight) * least, (1 - self.weight) * most + self.weight)  # which anchors are near is open

@@ -74,7 +74,8 @@ def law_of_votes(voters: Voters, vote: Vote, labels: int) -> Float[np.ndarray, "
     scores = vote.sharpness * np.where(votes, voters.scores, 0.0).astype(np.float64)
     nearest = np.max(scores, axis=1, keepdims=True, where=votes, initial=-np.inf)
     weights = np.exp(np.where(votes, scores, -np.inf) - np.where(votes.any(axis=1, keepdims=True), nearest, 0.0))
-    np.add.at(law, (np.arange(queries)[:, None], np.maximum(voters.labels, 0)), weights)
+    places = np.arange(queries)[:, None] * labels + np.maximum(voters.labels, 0)
+    law += np.bincount(places.ravel(), weights.ravel(), queries * labels).reshape(law.shape)
     total = law.sum(axis=1, keepdims=True)
     return smoothed(law / np.where(total > 0, total, 1.0), vote.smoothing)
 
