@@ -691,7 +691,7 @@ def test_o0_takes_random_shots_and_o1_the_nearest(here: Path) -> None:
 
 def test_options_of_the_search_are_refused_without_it(here: Path) -> None:
     said = icl("compile", "train.csv", "-o", "p", "--model", "echo", "--time-limit", 1)
-    assert (said.exit_code, "-O1 runs no model" in said.stderr) == (2, True)
+    assert (said.exit_code, "-O1 does not search" in said.stderr) == (2, True)
 
 
 def test_diff_names_what_differs(program: Path, here: Path) -> None:
