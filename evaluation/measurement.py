@@ -88,7 +88,6 @@ class Measurement:
     computed_tokens_per_query: float | None = None
     seconds_per_query: float | None = None
     noise_against: str | None = None
-    calibration: str | None = None
     model: str | None = None
     reference: str | None = None
     reference_examples: int | None = None
