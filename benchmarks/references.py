@@ -40,7 +40,7 @@ DATASETS = ("banking77", "subj", "clinc150_oos", "mr")
 EPOCHS = {"banking77": 3, "clinc150_oos": 3, "subj": 2, "mr": 2}
 SEARCHED = {"banking77": "banking77", "clinc150_oos": "banking77", "subj": "subj", "mr": "subj"}
 RATES = {
-    "rsr": (3e-3, 1e-2, 3e-2),
+    "rsr": (1e-2, 2e-2, 4e-2),
     "lora": (3e-4, 1e-3, 3e-3, 1e-2),
     "full": (3e-5, 1e-4, 3e-4),
     "shira": (1e-3, 3e-3, 1e-2),
@@ -58,9 +58,11 @@ ABLATIONS = {
     "random units": {"importance": "random"},
     "Fisher importance": {"importance": "fisher"},
     "top units": {"allocation": "top"},
-    "pieces of 64": {"unit": "64"},
+    "whole rows": {"unit": "576"},
     "single entries": {"unit": "1"},
     "all layers": {"frontier": "0"},
+    "the upper third": {"frontier": "20"},
+    "six rounds": {"rounds": "6"},
 }
 WORKERS = {
     "one worker": {},

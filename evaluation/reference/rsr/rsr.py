@@ -22,6 +22,7 @@ from icl_compiler.errors import TrainingError
 from icl_compiler.models import load_causal_lm
 
 _FILE = "difference.safetensors"
+_LONGEST_PIECE = 64
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,11 @@ class RSR(Method):
 
     Attributes:
         budget: share of the model's parameters that moves at a time, in (0, 1).
-        frontier: lowest layer in which anything moves; what is below is computed once per example. By default two
-            thirds of the layers are below.
-        unit: numbers that move together, a divisor of the model's width; by default the width: whole rows and columns.
-        rounds: of boosting.
+        frontier: lowest layer in which anything moves; what is below is computed once per example. By default a third
+            of the layers is below.
+        unit: numbers that move together, a divisor of the model's width; by default the largest up to 64, a piece of a
+            row or column. The width moves whole rows and columns.
+        rounds: of boosting; by default one an epoch.
         importance: what makes a unit important (`importance.py`).
         allocation: how units are chosen by it.
         replaced: share of the units that is replaced after the first round; it falls to 0 with a cosine. 0 keeps them.
@@ -53,7 +55,7 @@ class RSR(Method):
     budget: float = 0.01
     frontier: int | None = None
     unit: int | None = None
-    rounds: int = 6
+    rounds: int | None = None
     importance: Importance = "agreement"
     allocation: Allocation = "gumbel"
     replaced: float = 0.3
@@ -67,15 +69,15 @@ class RSR(Method):
     schedule: Schedule = "data"
     exchange_every: int = 10
 
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 2e-2
 
     def __post_init__(self) -> None:
         for name, share in (("budget", self.budget), ("replaced", self.replaced), ("sampling", self.sampling)):
             if not 0 <= share < 1:
                 raise TrainingError(f"{name} should be a share, at least 0 and below 1, is {share:g}")
         for name in ("rounds", "modules", "workers", "exchange_every"):
-            if getattr(self, name) < 1:
-                raise TrainingError(f"{name} should be at least 1, is {getattr(self, name)}")
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise TrainingError(f"{name} should be at least 1, is {count}")
         if self.modules > MOST_ASPECTS:
             raise TrainingError(f"modules should be at most {MOST_ASPECTS}, is {self.modules}")
         if self.schedule == "modules" and self.modules != self.workers:
@@ -123,8 +125,8 @@ class RSR(Method):
                 raise TrainingError(f"modules should be at most the number of labels, {most}; is {self.modules}")
         model = task.load(task.frozen_dtype)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        frontier = 2 * len(model.base_model.layers) // 3 if self.frontier is None else self.frontier
-        synapses = Synapses(model, frontier=frontier, size=self.unit)
+        frontier = len(model.base_model.layers) // 3 if self.frontier is None else self.frontier
+        synapses = Synapses(model, frontier=frontier, size=self.unit or _piece(model))
         count = round(self.budget * parameters / synapses.size)
         if not 0 < count <= len(synapses):
             raise TrainingError(
@@ -132,8 +134,8 @@ class RSR(Method):
                 f"on there are {len(synapses):,}; expected at least 1 and at most these"
             )
         plan = Plan(
-            count, self.rounds, self.importance, self.allocation, self.replaced, self.revert, self.line_search,
-            self.sampling, Trails() if self.trails else None, 0.5, 0.25, self.adaptive_rate,
+            count, self.rounds or loop.epochs, self.importance, self.allocation, self.replaced, self.revert,
+            self.line_search, self.sampling, Trails() if self.trails else None, 0.5, 0.25, self.adaptive_rate,
             self.modules, self.schedule, self.exchange_every,
         )  # fmt: skip
         objective = task.objective(model, frontier=frontier)
@@ -161,3 +163,9 @@ class RSR(Method):
         facts = manifest["synapses"]
         Synapses(model, frontier=facts["frontier"], size=facts["size"]).add(saved["units"], saved["change"])
         return model
+
+
+def _piece(model: Any) -> int:
+    """The largest divisor of the model's width that is at most `_LONGEST_PIECE`."""
+    width: int = model.get_input_embeddings().embedding_dim
+    return next(size for size in range(min(_LONGEST_PIECE, width), 0, -1) if width % size == 0)
