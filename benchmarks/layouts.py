@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 ROWS = HERE / "rows" / "layouts.jsonl"
 MODEL = "smollm2-135m"
 DATASETS = ("banking77", "clinc150_oos", "hwu64")
-LAYOUTS = ("per-query", "mixed", "clustered", "shared")
+LAYOUTS = ("mixed", "per-query", "clustered", "shared")
 EXAMPLES, BUDGET, SEED = 1200, 1024, 0
 
 
