@@ -21,6 +21,7 @@ def main(names: list[str]) -> int:
     for name in names or modules:
         told = ast.get_docstring(ast.parse(modules[name].read_text(encoding="utf-8"))) or ""
         print(f"== {name}: {told.partition(chr(10))[0]}", flush=True)
+        sys.argv[1:] = []  # the names are ours: a benchmark that reads arguments has none
         runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True)
     return 0
 

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from configparser import ConfigParser
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -174,3 +175,11 @@ def test_nothing_names_a_machine_or_a_registry():
         for what, pattern in MACHINE.items():
             found += [f"{path.relative_to(ROOT)}: {what}: {hit}" for hit in re.findall(pattern, text)]
     assert found == []
+
+
+def test_a_benchmark_named_reads_no_arguments_of_the_one_who_names_it(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "quality"])
+    seen = []
+    monkeypatch.setattr("runpy.run_module", lambda name, **_: seen.append((name, sys.argv[1:])))
+    assert import_module("benchmarks.__main__").main(["quality"]) == 0
+    assert seen == [("benchmarks.quality", [])]

@@ -20,7 +20,7 @@ nothing where what it needs was not asked. P is the model's law of the label wor
   the shots of held-out queries, taken once: a query costs no further call of the model.
 - Numbers are fitted by log-loss, against labels or the law of a reference, with normal priors so weak that ten queries
   outweigh them, except those of the offsets: 150 offsets and 200 queries overfit, so that their width is chosen.
-- Arithmetic is by element: a matrix product this small, on the threads of a busy machine, takes a hundred times longer.
+- Arithmetic is by element: a matrix product this small, on the threads of a busy machine, takes many times longer.
 - The form of a vote (how many, how sharp) is that whose votes alone have the lowest log-loss.
 """
 
