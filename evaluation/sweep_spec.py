@@ -95,7 +95,7 @@ class SweepSpec:
         Raises:
             SpecError: if a key is unknown, a value not of its kind, or a dataset not where it should be.
 
-        >>> SweepSpec.from_mapping({"datasets": "hf:mr", "size": 16}, root=Path())
+        >>> SweepSpec.from_mapping({"datasets": "hf:mr", "size": 16}, root=Path())  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
         icl_compiler.errors.SpecError: the sweep: unknown key 'size'. Did you mean 'sizes'? Available: datasets, ...

@@ -128,7 +128,7 @@ def fill(
     as long as possible.
 
     >>> fill(np.array([0, 1, 2, 3]), np.array([10, 11, 12, 13]), head=8, room=30, shots=9, cache_block=16)
-    [0, 3]
+    [3, 1]
     """
     goal = max(0, (head + room) // cache_block * cache_block - head)
     taken: list[int] = []

@@ -42,6 +42,10 @@ class Trouble(Exception):
 DROP = Trouble(0)
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # with the five of the library a busy machine resets connections
+
+
 class FakeVLLM:
     """A server on a port of this machine.
 
@@ -180,7 +184,7 @@ class FakeVLLM:
             def log_message(self, format: str, *args: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._server = _Server(("127.0.0.1", port), Handler)
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"

@@ -62,7 +62,7 @@ def test_prompts_of_real_data_are_the_tokenisation_of_their_text(template, share
     data = Dataset(tuple(texts[100:]), tuple(labels[100:]), "classification", "banking77")
     program = compile_program(data, retriever="bm25", template=template, budget=512, shots=8)
     own = program.template.template
-    for text, (tokens, selection) in zip(texts[:100], program.prompts(texts[:100]), strict=True):
+    for text, (tokens, selection, _) in zip(texts[:100], program.prompts(texts[:100]), strict=True):
         pairs = [(data.texts[row], data.answers[row]) for row in selection.rows]
         if template == "classify":
             shots = "".join(own.query(shot) + own.answer(label) + own.terminator for shot, label in pairs)
