@@ -109,8 +109,8 @@ class NearestPoints:
         return Hits(ids, -np.take_along_axis(distances, ids, axis=1).astype(np.float32))
 
     def save(self, folder: Path) -> None:
-        """Not needed: the programs of a benchmark are not kept."""
-        raise NotImplementedError
+        """No program of a benchmark is kept."""
+        raise NotImplementedError("the programs of a benchmark are not kept: there is nothing to save or load")
 
     load = save
 
