@@ -12,7 +12,7 @@
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -159,3 +159,7 @@ def _space(variants: Variants, fixed: frozenset[str]) -> Space:
         per_label=[own.per_label] if "per_label" in fixed or not labelled else [0, 1],
         templates=[own.template] if "template" in fixed else TEMPLATES[variants.base.task],
     )
+
+
+SEARCHES: Mapping[int, Callable[..., Optimised]] = {2: optimise}
+"""What each level searches with, called as `optimise`; the levels that are not here run no model."""
