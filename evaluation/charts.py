@@ -15,6 +15,14 @@ from evaluation.measurement import SERIES, Group, Measurement
 
 # These do not depend on the number of examples in the pool: drawn as a level across the plot.
 LEVELS = ("zero shots", "neighbours' vote", "floor", "scoring noise")
+# The settings of a program that make it another line, as the legend names them.
+_WORDS = {
+    "optimisation": "-{}",
+    "retriever": "{}",
+    "max_prompt_tokens": "{:,} tokens",
+    "shots": "shots {}",
+    "calibration": "calibration {}",
+}
 DASHES = ("solid", "dash", "dot", "dashdot")
 Figure = dict[str, Any]
 
@@ -105,8 +113,9 @@ def _budget_curve(rows: Sequence[Measurement], head: Measurement) -> Figure:
     programs = [
         row
         for row in rows
-        if (row.series, row.retriever, row.reference) == ("program", head.retriever, head.reference)
+        if row.series == "program"
         and row.max_prompt_tokens
+        and all(getattr(row, name) == getattr(head, name) for name in {"reference", *_WORDS} - {"max_prompt_tokens"})
     ]
     sizes = sorted({row.n_examples for row in programs if row.n_examples is not None})
     if len(sizes) > 4:  # more lines than that are a tangle: the ends and two between
@@ -210,21 +219,31 @@ def _span(low: float, high: float) -> Figure:
 def _lines(rows: Sequence[Measurement]) -> dict[str, list[Measurement]]:
     """The rows of each line of a plot by its name, escaped: the title and what else tells it from others.
 
-    Seeds share a line. A reference is a difference only where two rows differ in nothing else.
+    Seeds share a line. A setting is named only where it tells lines apart that those before it do not, and a reference
+    only where two rows differ in nothing else.
     """
     lines: dict[str, list[Measurement]] = {}
     for series in SERIES:
         members = [row for row in rows if row.series == series]
-        cells = [(row.n_examples, row.max_prompt_tokens, row.retriever, row.seed, row.title) for row in members]
-        words = {"retriever": "{}", "max_prompt_tokens": "{:,} tokens", "reference": "{}"}
-        differing = [name for name in words if len({getattr(row, name) for row in members} - {None}) > 1]
-        if len(set(cells)) == len(cells) and "reference" in differing:
-            differing.remove("reference")
+        differing: list[str] = []
+        for name in _WORDS:
+            varies = len({getattr(row, name) for row in members} - {None}) > 1
+            if varies and _parts(members, [*differing, name]) > _parts(members, differing):
+                differing.append(name)
+        words = _WORDS
+        if _parts(members, ["n_examples", "seed", "title", *_WORDS]) < len(members):
+            words = words | {"reference": "{}"}
+            differing += ["reference"] if len({row.reference for row in members} - {None}) > 1 else []
         for row in sorted(members, key=lambda row: row.n_examples or 0):
             values = [words[name].format(getattr(row, name)) for name in differing if getattr(row, name)]
             name = ", ".join(html.escape(part, quote=False) for part in (row.title, *values))
             lines.setdefault(name, []).append(row)
     return lines
+
+
+def _parts(rows: Sequence[Measurement], names: Sequence[str]) -> int:
+    """How many kinds of rows there are, by these of their settings."""
+    return len({tuple(getattr(row, name) for name in names) for row in rows})
 
 
 def _line(name: str, rows: Sequence[Measurement], value: str, x: Sequence[float], dash: str) -> list[Figure]:
@@ -346,7 +365,8 @@ def _hover(row: Measurement, value: str) -> str:
     facts += [counted(row.n_examples, "example")] if row.n_examples is not None else []
     facts += [f"budget {row.max_prompt_tokens:,} tokens"] if row.max_prompt_tokens is not None else []
     facts += [f"{amount(row.shots_per_query)} shots per query"] if row.shots_per_query is not None else []
-    facts += [f"retriever {row.retriever}"] if row.retriever else []
+    facts += [f"level {row.optimisation}"] if row.optimisation else []
+    facts += [f"found: {row.found}"] if row.found else [f"retriever {row.retriever}"] if row.retriever else []
     facts += [counted(row.n_queries, "query", "queries")] if row.n_queries is not None else []
     facts += [f"seed {row.seed}"] if row.seed is not None else []
     return "<br>".join(html.escape(fact, quote=False) for fact in facts)

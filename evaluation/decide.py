@@ -1,7 +1,7 @@
 """From rows of measurements to a decision for each program: prompt, fine-tune or undecided, and what follows.
 
-- One decision for the rows that differ in their number of examples only: same dataset and queries, model, retriever,
-  budget, seed and reference. It rests on the intervals in the rows, and computes none anew.
+- One decision for the rows that differ in their number of examples only: same dataset and queries, model,
+  optimisation, retriever, budget, seed and reference. It rests on the intervals in the rows, and computes none anew.
 - Where the rows support no verdict (no interval, several levels, two gaps for one size), a sentence says why.
 - Rows do not say on which queries a program was chosen. Where several were measured on one dataset, a sentence says
   that each verdict holds by itself, and not for the best of them.
@@ -28,6 +28,7 @@ from icl_compiler.errors import EvaluationError
 # What makes a program another one, and how it is named where it varies.
 SETTINGS = {
     "model": "{}",
+    "optimisation": "-{}",
     "retriever": "{}",
     "max_prompt_tokens": "{:,} tokens",
     "shots": "shots {}",

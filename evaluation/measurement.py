@@ -34,6 +34,8 @@ class Measurement:
 
     Attributes:
         calibration: of the program, as it was asked for; "auto" is that of lowest held-out risk.
+        optimisation: how hard a prompt was looked for, such as "O2". Where a search found them, `retriever` and `shots`
+            are "searched", and `found` says what it found, after `search_prompts` model calls.
         shots: most that were allowed: a number, or "fit".
         gap_truncation: by how much the bounds of a mean gap differ, whose midpoint is `gap`: of an engine that gives
             only its likeliest tokens. The interval covers it. `None` where the gap is exact.
@@ -54,6 +56,9 @@ class Measurement:
     n_labels: int | None = None
     n_examples: int | None = None
     max_prompt_tokens: int | None = None
+    optimisation: str | None = None
+    found: str | None = None
+    search_prompts: int | None = None
     retriever: str | None = None
     shots: str | None = None
     calibration: str | None = None
@@ -177,18 +182,22 @@ class Group(NamedTuple):
 
     @property
     def head(self) -> Measurement | None:
-        """The program the verdict speaks of: most examples, largest budget, first in the file.
+        """The program the verdict speaks of: most examples, largest budget, highest level, first in the file.
 
         Never the one with the smallest gap: its interval would be too good to be true.
         """
         measured = [row for row in self.rows if row.series == "program" and row.gap is not None]
-        return max(measured, key=lambda row: (row.n_examples or 0, row.max_prompt_tokens or 0), default=None)
+        return max(
+            measured,
+            key=lambda row: (row.n_examples or 0, row.max_prompt_tokens or 0, row.optimisation or ""),
+            default=None,
+        )
 
     def beside(self, series: str, *, noise_against: str | None = None) -> Measurement | None:
         """The measured row of a series that is most like the head."""
         wanted = (series, noise_against)
         found = [row for row in self.rows if (row.series, row.noise_against) == wanted and row.gap is not None]
-        alike = ("reference", "n_examples", "max_prompt_tokens", "retriever", "seed")
+        alike = ("reference", "n_examples", "max_prompt_tokens", "optimisation", "retriever", "seed")
         return min(
             found,
             key=lambda row: [getattr(row, name) != getattr(self.head, name, None) for name in alike],

@@ -260,9 +260,14 @@ def _trend(group: Group, head: Measurement) -> str:
 def _other_cells(group: Group, head: Measurement) -> list[str]:
     """The same measurement in other settings, so that nobody takes the head for the best or the only one."""
     found = []
+    levels = [row for row in _alike(group, head, but="optimisation") if row.optimisation != head.optimisation]
+    if levels:
+        said = [f"{_text(row)} at -{row.optimisation} ({row.retriever})" for row in levels]
+        found.append(f"The program was compiled at -{head.optimisation}; the gap is {joined(said)}.")
     for field, words in (
         ("max_prompt_tokens", "a budget of {:,} tokens"),
         ("retriever", "the retriever {}"),
+        ("calibration", "the calibration {}"),
         ("reference", "the reference “{}”"),
     ):
         others = [row for row in _alike(group, head, but=field) if getattr(row, field) != getattr(head, field)]
@@ -323,7 +328,10 @@ def _order(a: Measurement, b: Measurement) -> Literal["above", "below", "overlap
 
 def _alike(group: Group, head: Measurement, but: str) -> list[Measurement]:
     """The measured programs that share every setting with `head` except one."""
-    same = {"n_examples", "max_prompt_tokens", "retriever", "reference", "seed"} - {but}
+    own = {"retriever", "shots", "calibration"}  # what is not named is the level's own
+    same = {"n_examples", "max_prompt_tokens", "optimisation", "reference", "seed"} | own
+    same -= own if but == "optimisation" else set()
+    same -= {but}
     if but == "n_examples":
         same -= {"reference"}  # a reference may be trained on the same n examples
     return [

@@ -9,7 +9,7 @@ from evaluation.measurement import Measurement, Row, measurements
 def summary_lines(rows: Sequence[Row]) -> list[str]:
     """The rows as a table for the terminal, aligned, one line each under a line of headings.
 
-    Columns for dataset, budget and retriever appear where they vary. A dash means not measured.
+    Columns for dataset, budget, level and retriever appear where they vary. A dash means not measured.
 
     Raises:
         EvaluationError: if there are no rows, or a row is not usable.
@@ -37,6 +37,8 @@ def summary_lines(rows: Sequence[Row]) -> list[str]:
         columns.insert(3, token)
     if len({row.retriever for row in measured if row.series == "program"}) > 1:
         columns.insert(1, ("retriever", False, lambda row: row.retriever or NOT_MEASURED))
+    if len({row.optimisation for row in measured if row.series == "program"}) > 1:
+        columns.insert(1, ("level", False, lambda row: row.optimisation or NOT_MEASURED))
     if len({row.max_prompt_tokens for row in measured if row.series == "program"}) > 1:
         columns.insert(1, ("budget", True, lambda row: amount(row.max_prompt_tokens)))
     if len({row.dataset for row in measured}) > 1:

@@ -4,15 +4,18 @@
     worst.jsonl    the queries with the largest gaps, with their texts
     references/    what was trained
     answers/       what the references said to the queries
+    searches/      what the model said to the prompts that searches tried
 
 - Killed at any moment and started again, a sweep goes on: rows are known by their keys (`sweep_plan`), a training by
-  its checkpoint, the answers of a reference by their file, which is there complete or not at all.
+  its checkpoint, a search by what the model said, the answers of a reference by their file, which is there complete
+  or not at all.
 - A `Worker` does jobs one after the other and keeps what they share: the engine, the encoder's vectors, the compiled
   pool, the references' answers. In one process there is one, on a cluster one in each process (`sweep_ray`).
 - Only `run` writes rows, wherever they were measured.
-- A row says where its seconds went: the model's, those that made the prompts, and the evaluator's own.
+- A row says where its seconds went: the search's, the model's, those that made the prompts, and the evaluator's own.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,13 +31,15 @@ from evaluation.gap import gap, reliability
 from evaluation.reference.method import make_method
 from evaluation.reference.trainer import Reference, finetune, load_reference
 from evaluation.row_file import RowFile
-from evaluation.sweep_plan import Ask, Job, Loaded, Plan, ReferenceJob, load, loop_of
-from evaluation.sweep_spec import SweepSpec
+from evaluation.sweep_plan import SEARCHED, Ask, Job, Loaded, Plan, ReferenceJob, load, loop_of
+from evaluation.sweep_spec import LEVELS, SweepSpec
 from icl_compiler.artifact import require_replaceable
 from icl_compiler.backends.backend import Backend, LabelScores, Usage
-from icl_compiler.calibration.calibrating import calibrate
+from icl_compiler.calibration.calibrating import WITH_OWN_PROMPTS, calibrate
 from icl_compiler.compile import compile_program, with_calibration, zero_shot_program
 from icl_compiler.errors import ArtifactError
+from icl_compiler.optimise.levels import DEFAULT_RETRIEVERS, SEARCHES
+from icl_compiler.optimise.variants import Variants
 from icl_compiler.predictor import Predictions, open_backend
 from icl_compiler.program import Program
 from icl_compiler.templates import Template
@@ -103,11 +108,16 @@ class Worker:
 
     def rows(self, job: Job) -> Measured:
         """Ask, and compare the answers with those of each reference."""
-        started = time.perf_counter()
         ask, data = job.ask, self.data(job.ask.dataset)
+        started = time.perf_counter()
         backend = Stopwatch(self._engine)
         program = self._program(ask)
-        if ask.calibration not in (None, "none"):
+        of_search: Row = {}
+        searching = time.perf_counter()
+        if ask.searches:
+            program, of_search = self._searched(ask, program)
+        searching = time.perf_counter() - searching
+        if ask.calibration and ask.calibrates:
             names = None if ask.calibration == "auto" else ("none", ask.calibration)
             program, choice = calibrate(program, backend, candidates=names, seed=ask.seed)
             if names is not None:
@@ -134,6 +144,8 @@ class Worker:
                 "shots": None if ask.shots is None else str(ask.shots),
                 "calibration": ask.calibration,
                 "calibrated_by": program.calibration.method if ask.calibration else None,
+                "optimisation": ask.optimisation,
+                **of_search,
                 "seed": ask.seed,
                 "reference_examples": reference.examples,
                 "reference_seconds": training_s,
@@ -157,8 +169,10 @@ class Worker:
             found.append(row)
         done = time.perf_counter()
         for row in found:  # of what the rows share, each has its part
+            if of_search:
+                row["seconds_search"] = searching / len(found)
             row["seconds_model"] = backend.seconds / len(found)
-            row["seconds_prompts"] = (asked - started - backend.seconds) / len(found)
+            row["seconds_prompts"] = (asked - started - searching - backend.seconds) / len(found)
             row["seconds_evaluator"] = (done - asked) / len(found)
         return Measured(found, worst)
 
@@ -173,6 +187,8 @@ class Worker:
             template = Template.from_name(self.spec.template or "classify")
             return zero_shot_program(train.labels, template, model=self.spec.model)
         retriever = ask.retriever or ("dense" if ask.series == "neighbours' vote" else "uniform")
+        if retriever == SEARCHED:
+            retriever = DEFAULT_RETRIEVERS[LEVELS[ask.optimisation or ""]]
         key = (ask.dataset, ask.seed, retriever, ask.n)
         if key not in self._programs:
             self._programs.clear()  # jobs come in the order in which they share
@@ -189,8 +205,24 @@ class Worker:
         program = self._programs[key]
         if ask.budget is None:
             return program
-        shots = shots_that_fit(program, ask.budget) if ask.shots == "fit" else int(ask.shots or 0)
+        fit = ask.shots in ("fit", SEARCHED)
+        shots = shots_that_fit(program, ask.budget) if fit else int(ask.shots or 0)
         return replace(program, settings=replace(program.settings, budget=ask.budget, shots=shots))
+
+    def _searched(self, ask: Ask, start: Program) -> tuple[Program, Row]:
+        """The program that the search of this level finds, and what a row says of that."""
+        log = self.folder / "searches" / f"{hashlib.sha256(repr(ask).encode()).hexdigest()[:16]}.jsonl"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        later = ask.calibration in WITH_OWN_PROMPTS
+        program, [how, *_] = SEARCHES[LEVELS[ask.optimisation or ""]](
+            start,
+            self._engine,
+            fixed=ask.fixed | ({"template"} if self.spec.template else set()),
+            queries=self.spec.search_queries,
+            calibrations=None if ask.calibration == "auto" else ["none" if later else ask.calibration],
+            log=log,
+        )
+        return program, {"found": str(Variants(program).own), "search_prompts": how["prompts_asked"]}
 
     def _trained(self, job: ReferenceJob, report: Report | None) -> Reference:
         if job.spec.folder is not None:

@@ -90,12 +90,26 @@ class _NumberOr(click.ParamType[str]):
     help="Most shots in a prompt; fit: as the budget takes.",
 )
 @click.option(
+    "-O",
+    "levels",
+    multiple=True,
+    metavar="LEVEL",
+    show_default="1",
+    help="How hard to look for good prompts, as of `icl compile`.",
+)
+@click.option(
+    "--search-queries",
+    type=WholeNumber(min=1),
+    show_default="1500",
+    help="Most prompts that the search of one cell asks (-O2).",
+)
+@click.option(
     "--retriever",
     "retrievers",
     type=TableName("retriever", RETRIEVERS, paths=True),
     metavar="NAME",
     multiple=True,
-    show_default="dense",
+    show_default="the level's own, or as a search finds",
     help="How shots are found.",
 )
 @click.option(
@@ -104,7 +118,7 @@ class _NumberOr(click.ParamType[str]):
     type=TableName("calibration", {"auto": "", **CALIBRATIONS}),
     metavar="NAME",
     multiple=True,
-    show_default="none",
+    show_default="none; auto at -O2",
     help="Of the prompt's probabilities: none, auto, or a method.",
 )
 @click.option(
@@ -194,6 +208,7 @@ def sweep(
       icl sweep sweep.yaml -o sweep --dry-run
       icl sweep banking77 mr -o sweep --size 16 --size 256 --size all \\
           --budget 512 --budget 2048 --method rsr --queries 200
+      icl sweep mr -o levels -O0 -O1 -O2 --size 64 --size 256 --dry-run
     """
     from evaluation.sweep import in_process, run
     from evaluation.sweep_plan import load, plan
@@ -266,6 +281,7 @@ def _notify(what: str, done: int, of: int) -> None:
 
 def _tell(spec: "SweepSpec", loaded: Any, planned: "Plan", output: Path, *, as_json: bool) -> None:
     """The cells and what they cost, without a model."""
+    from evaluation.formatting import counted
     from evaluation.row_file import read_rows
     from evaluation.sweep import answers_path, references_of
     from evaluation.sweep_plan import estimate
@@ -285,6 +301,9 @@ def _tell(spec: "SweepSpec", loaded: Any, planned: "Plan", output: Path, *, as_j
     missing = [job.name for job in references_of(jobs) if job.key not in trained]
     click.echo(f"\n{len(planned.keys)} rows, of which {sum(len(job.rows) for job in jobs)} are to be measured")
     click.echo(f"{len(missing)} references to train and ask: {', '.join(missing) or 'none'}")
+    if searches := sum(job.ask.searches for job in jobs):
+        asked = f"{cost.search_prompts:,} prompts at most"
+        click.echo(f"{counted(searches, 'search', 'searches')} of the best prompt, which ask {asked}")
     click.echo(f"about {cost.prompts:,.0f} tokens of prompts and {cost.training:,.0f} of training, at most")
     how = "as the rows here were measured" if rate else "as a model of 135 million parameters does on two cores"
     click.echo(f"about {hours:.1f} hours at {rate or TOKENS_PER_S:,.0f} tokens a second, {how}")
@@ -299,12 +318,13 @@ def _rate(rows: "list[dict[str, Any]]") -> float | None:
 
 
 def _table(jobs: "list[Job]") -> list[str]:
-    cells = [["dataset", "series", "n", "budget", "shots", "retriever", "calibration", "seed", "rows"]]
+    cells = [["dataset", "series", "level", "n", "budget", "shots", "retriever", "calibration", "seed", "rows"]]
     for job in jobs:
         ask = job.ask
         parts = (
             ask.dataset,
             ask.series,
+            ask.optimisation,
             ask.n,
             ask.budget,
             ask.shots,

@@ -4,6 +4,8 @@
   reference and the version of this package. So a sweep that is started again, or made larger, measures what is not
   there yet, and data that changed under the same name are measured anew. Machine, commit and time are no content.
 - The pools of one seed are nested (`Dataset.subset`), and all sizes are asked the same queries.
+- At a level that searches, what is not named is searched; such a cell is known by where its search starts, what it
+  leaves as it is, and how many prompts it may ask.
 - What does not depend on a setting is measured once, not once for each of its values: zero shots once a dataset, the
   vote once a size, random shots and shuffled labels with the most examples only. One answer of the model is compared
   with every reference.
@@ -14,8 +16,9 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,15 +28,19 @@ from evaluation.formatting import counted, joined
 from evaluation.reference.loop import LoopSettings
 from evaluation.reference.method import make_method
 from evaluation.reference.trainer import HELD_OUT, load_reference, split_for_training
-from evaluation.sweep_spec import DatasetSpec, ReferenceSpec, SweepSpec
-from icl_compiler.calibration.calibrating import QUERIES
+from evaluation.sweep_spec import LEVELS, DatasetSpec, ReferenceSpec, SweepSpec
+from icl_compiler.calibration.calibrating import QUERIES, WITH_OWN_PROMPTS
 from icl_compiler.calibration.choosing import LEAST_QUERIES
 from icl_compiler.compile import DEFAULT_TEMPLATES, load_tokenizer
 from icl_compiler.data import Dataset, load_dataset
 from icl_compiler.errors import SpecError, TrainingError
 from icl_compiler.models import EMBEDDED, locate
+from icl_compiler.optimise.levels import DEFAULT_RETRIEVERS, LEAST_ROWS, SEARCHES
 from icl_compiler.program import encode_pool
 from icl_compiler.templates import EncodedTemplate, Template
+
+SEARCHED = "searched"
+"""In place of a retriever or a number of shots: it is for the search to find."""
 
 
 class Loaded(NamedTuple):
@@ -76,6 +83,23 @@ class Ask(NamedTuple):
     shots: int | str | None = None
     budget: int | None = None
     calibration: str | None = None
+    optimisation: str | None = None
+
+    @property
+    def searches(self) -> bool:
+        """Whether the model is asked which prompt is best."""
+        return self.optimisation is not None and LEVELS[self.optimisation] in SEARCHES
+
+    @property
+    def fixed(self) -> frozenset[str]:
+        """What a search leaves as it is, besides a template that is named."""
+        named = {"retriever": self.retriever, "shots": self.shots}
+        return frozenset(name for name, value in named.items() if value != SEARCHED)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether held-out rows are asked, beyond those of a search."""
+        return self.calibration not in (None, "none") and (not self.searches or self.calibration in WITH_OWN_PROMPTS)
 
 
 class Comparison(NamedTuple):
@@ -179,18 +203,46 @@ class _Planner:
         if not sizes or not budgets:
             return jobs
         for seed in self._spec.seeds:
-            for retriever in self._spec.retrievers:
-                for n in sizes:
-                    for budget in budgets:
-                        for shots in self._spec.shots:
-                            for calibration in self._calibrations(n):
-                                ask = Ask("program", self._data.name, seed, n, retriever, shots, budget, calibration)
-                                jobs.append(self._job(ask, pairs[seed, n]))
+            for level in self._spec.levels:
+                for retriever, n, budget in product(self._retrievers(level), sizes, budgets):
+                    for shots, calibration in product(self._spec.shots, self._calibrations(level, n)):
+                        ask = Ask("program", self._data.name, seed, n, retriever, shots, budget, calibration, level)
+                        if ask.searches:
+                            ask = ask._replace(shots=SEARCHED if shots == "fit" else shots)
+                            if not self._can_search(ask):
+                                continue
+                        jobs.append(self._job(ask, pairs[seed, n]))
             jobs += self._baselines(seed, sizes, budgets, pairs)
         return jobs
 
-    def _calibrations(self, n: int) -> tuple[str, ...]:
-        wanted = self._spec.calibrations
+    def _retrievers(self, level: str) -> tuple[str, ...]:
+        own = DEFAULT_RETRIEVERS[LEVELS[level]]
+        if own == "uniform":
+            return (own,)
+        return self._spec.retrievers or (SEARCHED if LEVELS[level] in SEARCHES else own,)
+
+    def _can_search(self, ask: Ask) -> bool:
+        data = self._data.train.subset(ask.n or 0, seed=ask.seed)
+        rows = sum(self._needed[text] <= (ask.budget or 0) for text in data.texts)
+        if rows < LEAST_ROWS:
+            self._warn(
+                f"{self._data.name}: not searched (-{ask.optimisation}) with {ask.n:,} examples and {ask.budget:,} "
+                f"tokens: a search holds out {LEAST_ROWS} rows that can be asked within these, and there are {rows}"
+            )
+        return rows >= LEAST_ROWS
+
+    @cached_property
+    def _needed(self) -> dict[str, int]:
+        """The tokens that a text of the training data takes as a query, as a search counts them."""
+        encoded = EncodedTemplate.build(self._template, load_tokenizer(self._spec.model), self._labels)
+        rest = len(encoded.head) + max(len(word) for word in encoded.label_words())
+        tokens = np.diff(encode_pool(encoded, self._data.train).offsets) + rest
+        return dict(zip(self._data.train.texts, tokens.tolist(), strict=True))
+
+    def _calibrations(self, level: str, n: int) -> tuple[str, ...]:
+        if LEVELS[level] in SEARCHES:
+            return self._spec.calibrations or ("auto",)
+        wanted = self._spec.calibrations or ("none",)
         kept = tuple(name for name in wanted if name == "none" or n >= LEAST_QUERIES)
         if kept != wanted:
             self._warn(f"{self._data.name}: not calibrated with {n:,} examples, which takes {LEAST_QUERIES}")
@@ -205,7 +257,7 @@ class _Planner:
             for n in sizes:
                 yield self._job(Ask("neighbours' vote", name, seed, n), pairs[seed, n])
         for series in ("random shots", "shuffled labels"):
-            retriever = None if series == "random shots" else self._spec.retrievers[0]
+            retriever = None if series == "random shots" else (*self._spec.retrievers, DEFAULT_RETRIEVERS[1])[0]
             for budget in budgets if series in self._spec.baselines else []:
                 for shots in self._spec.shots:
                     ask = Ask(series, name, seed, largest, retriever, shots, budget)
@@ -230,6 +282,8 @@ class _Planner:
         if ask.series != "neighbours' vote":
             asked |= {"model": model_identity(self._spec.model), "template": self._template.source}
             asked |= {"backend": self._spec.backend, "dtype": self._spec.dtype}
+        if ask.searches:
+            asked |= {"search_queries": self._spec.search_queries, "template_is_named": self._spec.template is not None}
         firsts = dict.fromkeys(first for first, _ in pairs)
         return Job(ask, tuple(Comparison(_hash({**asked, "reference": first.key}), first) for first in firsts))
 
@@ -321,16 +375,22 @@ def loop_of(spec: ReferenceSpec, seed: int) -> LoopSettings:
 
 
 class Cost(NamedTuple):
-    """What is still to be computed, in tokens: by the frozen model, and in training, backward passes included."""
+    """What is still to be computed, in tokens: by the frozen model, and in training, backward passes included.
+
+    Attributes:
+        search_prompts: how many of the prompts are those of searches, at most.
+    """
 
     prompts: float
     training: float
+    search_prompts: int
 
 
 def estimate(spec: SweepSpec, data: dict[str, Loaded], jobs: list[Job], trained: set[str]) -> Cost:
     """Tokens that the jobs need: of prompts as long as their settings let them, of references not yet `trained`."""
     template = Template.from_name(spec.template or DEFAULT_TEMPLATES["classification"])
     prompts = training = 0.0
+    search_prompts = 0
     for name, loaded in data.items():
         encoded = EncodedTemplate.build(template, load_tokenizer(spec.model), loaded.train.labels)
         sample = loaded.train.subset(min(200, len(loaded.train)), seed=0)
@@ -345,9 +405,12 @@ def estimate(spec: SweepSpec, data: dict[str, Loaded], jobs: list[Job], trained:
                 references |= {each.key: each for each in (row.reference, row.second) if each is not None}
             if ask.budget is not None:
                 room = max(0.0, (ask.budget or 0) - head - query)
-                most = ask.n if ask.shots == "fit" else min(int(ask.shots or 0), ask.n or 0)
-                held_out = min(QUERIES, ask.n or 0) if ask.calibration not in (None, "none") else 0
-                prompts += (len(loaded.queries) + held_out) * (head + query + min(room, (most or 0) * shot))
+                most = ask.n if ask.shots in ("fit", SEARCHED) else min(int(ask.shots or 0), ask.n or 0)
+                held_out = min(QUERIES, ask.n or 0) if ask.calibrates else 0
+                searched = spec.search_queries if ask.searches else 0
+                search_prompts += searched
+                asked = len(loaded.queries) + held_out + searched
+                prompts += asked * (head + query + min(room, (most or 0) * shot))
             elif ask.series == "zero shots":
                 prompts += len(loaded.queries) * (head + query)
         for reference in references.values():
@@ -356,7 +419,7 @@ def estimate(spec: SweepSpec, data: dict[str, Loaded], jobs: list[Job], trained:
             prompts += len(loaded.queries) * (head + query)
             if reference.spec.folder is None:
                 training += 3 * reference.spec.epochs * reference.rows * (head + shot)
-    return Cost(prompts, training)
+    return Cost(prompts, training, search_prompts)
 
 
 @cache

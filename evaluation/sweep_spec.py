@@ -1,6 +1,8 @@
 """What a sweep is to measure: a YAML file or a mapping, checked in full before anything runs.
 
-- Every list multiplies: datasets x seeds x retrievers x sizes x budgets x shots x calibrations are as many prompts.
+- Every list multiplies: datasets x seeds x levels x retrievers x sizes x budgets x shots x calibrations are as many
+  prompts.
+- What is not named is the level's own, as of `icl compile`; what is named, a search leaves as it is.
 - A key or a name that is not known is an error that names the nearest one: a sweep runs for hours, and a setting that
   was silently left out would be noticed at its end.
 - A scalar stands for a list of one.
@@ -12,10 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from icl_compiler.errors import SpecError
+from icl_compiler.optimise.levels import DEFAULT_RETRIEVERS
+from icl_compiler.optimise.levels import QUERIES as SEARCH_QUERIES
 from icl_compiler.registry import BACKENDS, CALIBRATIONS, METHODS, RETRIEVERS, did_you_mean
 
 BASELINES = ("random shots", "shuffled labels", "zero shots", "neighbours' vote", "floor")
 """What may be measured beside the prompt; of these, all by default."""
+LEVELS = {f"O{number}": number for number in DEFAULT_RETRIEVERS}
+"""Levels of `icl compile`, by their names in a sweep."""
 Size = int | Literal["all"]
 Shots = int | Literal["fit"]
 _SPLITS = tuple(f".{ending}" for ending in ("jsonl", "csv", "tsv", "json", "parquet"))
@@ -58,8 +64,13 @@ class SweepSpec:
     Attributes:
         sizes: numbers of examples in the pool; "all" is every row of the training data.
         budgets: context lengths, in tokens, the answer included.
-        shots: most shots in a prompt; "fit" is as many as the budget takes.
-        calibrations: of the prompt's probabilities, on rows of its own pool; "auto" is that of lowest held-out risk.
+        levels: how hard to look for a good prompt, of `LEVELS`.
+        search_queries: most prompts that the search of one cell asks the model.
+        retrievers: by default the level's own, and at a level that searches the one it finds. A level of random shots
+            takes none of these.
+        shots: most shots in a prompt; "fit" is as many as the budget takes, or as a search finds best.
+        calibrations: of the prompt's probabilities, on rows of its own pool; "auto" is that of lowest held-out risk. By
+            default none, and "auto" at a level that searches.
         seeds: of the examples drawn, and of the reference each prompt is compared with.
         queries: test rows asked, drawn at random, the same everywhere; `None` is all of them.
         reference_on: whether references learn from all training data, or from the examples that the prompt has.
@@ -68,9 +79,11 @@ class SweepSpec:
     datasets: tuple[DatasetSpec, ...]
     sizes: tuple[Size, ...] = (16, 64, 256, "all")
     budgets: tuple[int, ...] = (1024,)
-    retrievers: tuple[str, ...] = ("dense",)
+    levels: tuple[str, ...] = ("O1",)
+    search_queries: int = SEARCH_QUERIES
+    retrievers: tuple[str, ...] = ()
     shots: tuple[Shots, ...] = ("fit",)
-    calibrations: tuple[str, ...] = ("none",)
+    calibrations: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     references: tuple[ReferenceSpec, ...] = (ReferenceSpec(),)
     reference_on: Literal["all", "n"] = "all"
@@ -218,6 +231,10 @@ def _one_of(names: Sequence[str], *, paths: bool = False) -> Callable[[object, s
     return reader
 
 
+def _optimisation(value: object, where: str, root: Path) -> str:
+    return _one_of(list(LEVELS))(f"O{str(value).removeprefix('-').removeprefix('O')}", where, root)
+
+
 def _text(value: object, where: str, root: Path) -> str:
     if not isinstance(value, str) or not value:
         raise SpecError(f"{where} should be text, is {_kind(value)}")
@@ -286,6 +303,8 @@ _READERS: Mapping[str, Callable[[object, str, Path], Any]] = {
     "datasets": _several(_dataset),
     "sizes": _several(_whole(1, "all")),
     "budgets": _several(_whole(1)),
+    "levels": _several(_optimisation),
+    "search_queries": _whole(1),
     "retrievers": _several(_one_of(list(RETRIEVERS), paths=True)),
     "shots": _several(_whole(1, "fit")),
     "calibrations": _several(_one_of(("auto", *CALIBRATIONS))),

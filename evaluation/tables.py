@@ -12,17 +12,19 @@ from evaluation.measurement import Row, measurements
 Kind = Literal["md", "csv", "json"]
 # What a table is read for, in this order; of these, those that any row has.
 COLUMNS = (
-    "dataset", "series", "noise_against", "n_examples", "max_prompt_tokens", "shots", "retriever", "calibration",
+    "dataset", "series", "noise_against", "n_examples", "max_prompt_tokens", "optimisation", "shots", "retriever",
+    "calibration",
     "calibrated_by", "seed", "reference",
     "gap", "gap_low", "gap_high", "gap_truncation", "level", "n_queries", "accuracy", "accuracy_low", "accuracy_high",
     "reference_accuracy", "agreement", "ece", "label_mass", "shots_per_query", "prompt_tokens_per_query",
     "computed_tokens_per_query", "seconds_per_query", "seconds_model", "seconds_prompts", "seconds_evaluator",
-    "reference_examples", "reference_seconds", "model", "n_labels", "data_sha256", "machine", "commit", "version",
+    "reference_examples", "reference_seconds", "found", "search_prompts", "seconds_search", "model", "n_labels",
+    "data_sha256", "machine", "commit", "version",
     "key",
 )  # fmt: skip
 PER_QUERY = ("gaps", "correct", "reference_correct", "reliability")
 """Lists, most with one entry a query: in JSON only."""
-_IN_MARKDOWN = COLUMNS[:27]
+_IN_MARKDOWN = COLUMNS[:28]
 
 
 def as_table(rows: Sequence[Row], kind: Kind) -> str:

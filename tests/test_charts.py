@@ -77,3 +77,19 @@ def test_figures_are_valid_for_plotly(rows):
         graph.Figure(data=plain["data"], layout=plain["layout"])
         names = re.findall(r"var\(--([\w-]+)\)", json.dumps(figure))
         assert set(names) <= set(PALETTES["light"])
+
+
+def test_levels_are_lines_and_the_highest_is_judged():
+    own = {"O0": "uniform", "O1": "dense", "O2": "searched"}
+    rows = [
+        row(gap=gap, n_examples=n, optimisation=level, retriever=own[level])
+        for level, gap in zip(own, (0.5, 0.3, 0.4), strict=True)
+        for n in (16, 64)
+    ]
+    [group] = grouped(measurements(rows))
+    assert group.head.optimisation == "O2"
+    curve = figures(rows)["Gap against number of examples"]
+    assert [trace["name"] for trace in curve["data"]] == ["program, -O0", "program, -O1", "program, -O2"]
+    rows += [row(gap=0.2, n_examples=n, optimisation="O1", retriever="bm25") for n in (16, 64)]
+    curve = figures(rows)["Gap against number of examples"]
+    assert {trace["name"] for trace in curve["data"]} >= {"program, -O1, bm25", "program, -O1, dense"}

@@ -26,6 +26,8 @@ from icl_compiler.cli import main
 from icl_compiler.compile import compile_program
 from icl_compiler.errors import SpecError
 from icl_compiler.models import locate
+from icl_compiler.optimise.levels import optimise
+from icl_compiler.optimise.variants import Variants
 from icl_compiler.predictor import open_backend
 
 pytestmark = pytest.mark.models
@@ -190,6 +192,47 @@ def test_a_calibrated_prompt_is_a_row_of_its_own(tiny: str, words: Path, tmp_pat
     assert "words: not calibrated with 4 examples, which takes 10" in plan(spec, {"words": data}).warnings
 
 
+def test_a_level_is_a_dimension_and_its_search_goes_on(tiny: str, words: Path, tmp_path: Path) -> None:
+    changes = {"sizes": [4, 16], "budgets": 60, "retrievers": [], "baselines": [], "levels": ["O0", "O1", 2]}
+    del (given := settings(tiny, words, **changes, search_queries=80))["retrievers"]
+    spec = SweepSpec.from_mapping(given, root=Path())
+    data = load(spec, spec.datasets[0])
+    planned = plan(spec, {"words": data})
+    assert [text for text in planned.warnings if "not searched (-O2) with 4 examples and 60 tokens" in text]
+    *plain, searched = rows = swept(spec, tmp_path / "out")
+    cells = [(row["optimisation"], row["n_examples"], row["retriever"], row["calibration"]) for row in rows]
+    own = [("O0", "uniform"), ("O1", "dense")]
+    assert cells == [
+        *((level, n, retriever, "none") for level, retriever in own for n in (4, 16)),
+        ("O2", 16, "searched", "auto"),
+    ]
+    base = compile_program(data.train, model=tiny, shots=4, budget=60, examples=16, seed=0)  # 4 fit
+    backend = open_backend(None, tiny, dtype="float32")
+    program, [how, *_] = optimise(base, backend, queries=80)
+    assert searched["found"] == str(Variants(program).own)
+    assert searched["search_prompts"] == how["prompts_asked"] > 16
+    assert searched["calibrated_by"] == program.calibration.method
+    reference = load_reference(next((tmp_path / "out" / "references").iterdir()))
+    answers = ask_references([reference], data.queries, dtype="float32")
+    [expected, *_] = evaluate(program, backend, answers, data.queries, dataset_name="words", series=()).rows
+    assert searched["gap"] == pytest.approx(expected["gap"], abs=1e-6)
+    assert len({row["gap"] for row in rows[1::2]} | {searched["gap"]}) > 1
+
+    [log] = (tmp_path / "out" / "searches").iterdir()
+    asked = log.read_bytes()
+    (tmp_path / "out" / "rows.jsonl").unlink()  # as if killed when the search was over
+    assert [without_times(row) for row in swept(spec, tmp_path / "out")] == [without_times(row) for row in rows]
+    assert log.read_bytes() == asked, "what was asked is not asked again"
+
+    keys = [row["key"] for row in rows]
+    assert set(planned_keys(SweepSpec.from_mapping({**given, "levels": "O1"}, root=Path()))) < set(keys)
+    for change in ({"search_queries": 81}, {"retrievers": "dense"}, {"calibrations": "none"}):
+        changed = planned_keys(SweepSpec.from_mapping({**given, **change}, root=Path()))
+        assert changed[:2] == keys[:2], "random shots are random shots"
+        assert changed[-1] not in keys, change
+    assert len(plain) == 4
+
+
 def icl(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="icl")
 
@@ -242,6 +285,13 @@ def test_what_it_would_do_is_told_without_a_model(tiny: str, words: Path, tmp_pa
     assert not (tmp_path / "out").exists()
     shown = icl("sweep", tmp_path / "sweep.yaml", "-o", tmp_path / "out", "--dry-run").stdout
     assert "10 rows, of which 10 are to be measured" in shown
+    searching = ("-O1", "-O2", "--search-queries", 50, "--size", 16)
+    found = json.loads(icl("sweep", tmp_path / "sweep.yaml", "-o", "o", "--dry-run", *searching, "--json").stdout)
+    levels = [ask["optimisation"] for ask in found["to_do"] if ask["series"] == "program"]
+    assert levels == ["O1", "O1", "O2", "O2"]
+    assert found["tokens"]["search_prompts"] == 2 * 50
+    shown = icl("sweep", tmp_path / "sweep.yaml", "-o", "o", "--dry-run", *searching).stdout
+    assert "2 searches of the best prompt, which ask 100 prompts at most" in shown
 
 
 @pytest.mark.parametrize(
@@ -256,6 +306,7 @@ def test_what_it_would_do_is_told_without_a_model(tiny: str, words: Path, tmp_pa
         ({"queries": 99}, "words: 99 queries exceed the 12 rows of test"),
         ({"retrievers": "bm52"}, "retrievers: unknown name 'bm52'. Did you mean 'bm25'?"),
         ({"baselines": ["flor"]}, "unknown name 'flor'. Did you mean 'floor'?"),
+        ({"levels": ["O1", "O9"]}, "levels: unknown name 'O9'. Available: O0, O1"),
         ({"level": 95}, "level should be a number above 0 and below 1, is 95"),
         ({"references": {"method": "lroa"}}, "unknown name 'lroa'. Did you mean 'lora'?"),
         ({"references": {"method": "full", "settings": {"first": 1}}}, "has no setting 'first'"),
