@@ -8,7 +8,8 @@
   on what was asked before.
 - `in_rounds` gives every label among the candidates its turn: with many labels the nearest rows would otherwise often
   be of two or three of them. It reorders candidates and drops none, so that a prompt is as full as before.
-- All of it is arrays over queries and candidates: a loop over candidates, none over queries.
+- All of it is arrays over queries and candidates: no loop over queries, and one over candidates only where not all of
+  the best fit.
 """
 
 from collections.abc import Sequence
@@ -61,6 +62,22 @@ def pack(
     >>> pack(np.array([[30, 5, 7]]), np.zeros((1, 3), dtype=bool), room=np.array([20]), shots=np.array([2]))
     Packed(taken=array([[False,  True,  True]]), passed=array([[ True, False, False]]))
     """
+    so_far = np.cumsum(~barred, axis=1)
+    taken = ~barred & (so_far <= shots[:, None])
+    passed = barred & (so_far < shots[:, None])
+    tight = (tokens * taken).sum(axis=1) > room
+    if tight.any():
+        taken[tight], passed[tight] = _one_by_one(tokens[tight], barred[tight], room[tight], shots[tight])
+    return Packed(taken, passed)
+
+
+def _one_by_one(
+    tokens: Int64[np.ndarray, "queries candidates"],
+    barred: Bool[np.ndarray, "queries candidates"],
+    room: Int64[np.ndarray, " queries"],
+    shots: Int64[np.ndarray, " queries"],
+) -> Packed:
+    """`pack` where not all of the best fit: candidate after candidate."""
     taken, passed = (np.zeros(barred.T.shape, dtype=bool) for _ in range(2))
     left, wanted = room.copy(), shots.copy()
     for cost, bar, takes, passes in zip(tokens.T, barred.T, taken, passed, strict=True):

@@ -91,7 +91,7 @@ class HFTokenizer:
         ).input_ids
         if not context:
             return encoded
-        [head] = self.encode([context], special=special)
+        head = self._context(context, special)
         for text, ids in zip(texts, encoded, strict=True):
             if ids[: len(head)] != head:
                 raise TemplateError(
@@ -100,6 +100,17 @@ class HFTokenizer:
                     "and start the next one with a letter or a blank"
                 )
         return [ids[len(head) :] for ids in encoded]
+
+    def _context(self, context: str, special: bool) -> list[int]:
+        """The tokens of `context`, which is the same few texts again and again."""
+        key = context, special
+        if key not in self._contexts:
+            [self._contexts[key]] = self.encode([context], special=special)
+        return self._contexts[key]
+
+    @cached_property
+    def _contexts(self) -> dict[tuple[str, bool], list[int]]:
+        return {}
 
     def decode(self, ids: TokenIds) -> str:
         text: str = self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)

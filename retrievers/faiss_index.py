@@ -31,7 +31,7 @@ _EXACT_ROWS = 50_000
 _GRAPH_ROWS = 500_000
 _LINKS, _WIDTH_OF_BUILD, _WIDTH_OF_WALK = 32, 64, 128
 _LISTS_PER_ROOT, _SHARE_OF_LISTS, _MOST_LISTS = 4, 8, 64
-_SPARE, _ROUNDING = 32, 1e-6  # faiss may see rows of nearly equal scores in another order
+_SPARE, _ROUNDING = 8, 1e-6  # faiss may see rows of nearly equal scores in another order
 _PAIRS, _FLOATS = 1 << 21, 1 << 20  # of queries and rows, and of vectors, in memory at once
 _FILE, _VECTORS = "index.faiss", "vectors.npy"
 
