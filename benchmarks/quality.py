@@ -1,37 +1,54 @@
-"""Programs at every level, and the vote of the neighbours, on labelled datasets; about an hour a dataset on 2 cores.
+"""Our levels, the vote of the neighbours and what peers choose, on labelled data; hours a dataset on 2 cores.
 
     ICL_DATASETS=FOLDER python -m benchmarks.quality [--datasets banking77 mr] [--budgets 512] [--queries 100]
 
 For each dataset and each budget: a label-balanced pool, and queries drawn at random from the test rows, the same for
 all systems. `SYSTEMS` is the table of what is compared; whoever adds one writes a function from a `Task` to an answer.
 
+- Peers (`peers/asking.py`) choose rows in their own environments, which are installed when they are first needed. They
+  get the same pool, and the same vectors. Their rows go into our template, at most `--shots` of them (as many as -O1
+  takes), whole, while they fit into the same budget, the peer's most important first; they stand in the order of the
+  peer's prompts. No peer knows a budget, so that more rows are asked for than shown; the query itself is left out.
 - Log-loss is that of the right label in nats, no probability counted as less than 1e-9; `log_loss_of_labels` that of
   the law renormalised over the labels. `label_mass` is what the model itself gives to the labels, before calibration.
 - `calls` are the prompts that the compiler asked the model about, `compile_seconds` its time, the loading of the model
-  aside; `seconds` and `tokens` are of a query.
-- `--references FOLDER` holds a reference for each dataset, FOLDER/DATASET, as `icl finetune` writes it: then the
-  search and the calibration approximate that one, and the rows have the mean TV to it.
+  aside; of a peer, all of its choosing. `seconds` and `tokens` are of a query.
+- `--references FOLDER` holds two references for each dataset, FOLDER/DATASET-0 and -1, as `icl finetune` writes them;
+  those that are missing are trained: `--method rsr` with its defaults, on `--reference-examples` rows, two seeds. The
+  search and the calibration then approximate the first one; `tv` is the mean TV to it, `floor` that between the two,
+  and the second one is a system too.
+- Differences are those of -O2 less a system, query by query, with 95 % intervals, each by itself: of accuracy and TV by
+  betting, of log-loss, which has no small range, Student's, which is approximate.
 
-Rows are appended to `benchmarks/rows/quality.jsonl`; what stands there is not measured again, so that the command can
-be stopped at any time; a search that was stopped goes on.
+Rows are appended to `benchmarks/rows/quality.jsonl`, and for each of them what happened at each query to
+`benchmarks/rows/quality/DATASET.jsonl`; what stands there is not measured again, so that the command can be stopped at
+any time; a search or a training that was stopped goes on.
 """
 
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
+from scipy.stats import t as student
 
+from benchmarks.peers.asking import PEERS, Recorded, choose
 from evaluation.evaluate import commit, machine
+from evaluation.gap import distances
+from evaluation.intervals import betting
 from evaluation.neighbours import NeighboursVote
-from evaluation.reference.trainer import load_reference
-from evaluation.tv import tv_distance, with_other
-from icl_compiler.backends.backend import Backend
+from evaluation.reference.loop import LoopSettings
+from evaluation.reference.method import make_method
+from evaluation.reference.trainer import finetune, load_reference
+from icl_compiler.backends.backend import Backend, Progress
 from icl_compiler.calibration.calibrating import calibrate
 from icl_compiler.calibration.methods import LEAST_PROBABILITY
 from icl_compiler.compile import compile_program
@@ -41,9 +58,12 @@ from icl_compiler.predictor import Predictions, Predictor, PromptedPredictor, op
 from icl_compiler.program import Program
 
 ROWS = Path(__file__).parent / "rows" / "quality.jsonl"
-LOGS = Path("bench-quality")
+EACH_QUERY = ROWS.with_suffix("")
+WORK = Path("bench-quality")
 DATASETS = ("banking77", "clinc150_oos", "hwu64", "mr", "subj", "goemotions_single")
 MODEL, ENCODER = "smollm2-135m", "minilm"
+BETTER = {"accuracy": 1, "log_loss": -1, "tv": -1}
+"""What is compared, and whether more of it is better."""
 Row = dict[str, Any]
 
 
@@ -57,7 +77,13 @@ class Task(NamedTuple):
     search_queries: int
     seed: int
     backend: Backend
-    reference: Predictor | None
+    references: Sequence[Predictor] = ()  # two, or none
+    shots: int = 16
+
+    @property
+    def reference(self) -> Predictor | None:
+        """What the search and the calibration approximate, if not the right labels."""
+        return self.references[0] if self.references else None
 
 
 class Answer(NamedTuple):
@@ -79,8 +105,8 @@ def at_level(level: int, calibrated: bool) -> Callable[[Task], Answer]:
             budget=task.budget, seed=task.seed,
         )  # fmt: skip
         if level == 2:
-            LOGS.mkdir(exist_ok=True)
-            log = LOGS / f"{task.name}-{task.budget}-{task.search_queries}-{task.seed}.jsonl"
+            WORK.mkdir(exist_ok=True)
+            log = WORK / f"{task.name}-{task.budget}-{task.search_queries}-{task.seed}.jsonl"
             program, trace = optimise(
                 program, task.backend, queries=task.search_queries, reference=task.reference, log=log
             )
@@ -103,12 +129,40 @@ def vote(task: Task) -> Answer:
     return Answer(voting.predict(task.queries.texts), time.perf_counter() - started, 0, {})
 
 
+def chosen_by(name: str) -> Callable[[Task], Answer]:
+    """The rows that a peer chooses, in our prompts."""
+
+    def answer(task: Task) -> Answer:
+        texts = task.queries.texts
+        found = choose(
+            PEERS[name], task.pool, texts, WORK / f"{name}.json",
+            model=MODEL, encoder=ENCODER, shots=task.shots, seed=task.seed,
+        )  # fmt: skip
+        program = compile_program(
+            task.pool, model=task.backend.model, retriever="uniform", shots=task.shots, budget=task.budget,
+            seed=task.seed, order=found.order,
+        )  # fmt: skip
+        recorded = Recorded(dict(zip(texts, found.rows, strict=True)))
+        program = replace(program, retriever=recorded, settings=replace(program.settings, retriever=name))
+        said = PromptedPredictor(program, task.backend).predict(texts)
+        return Answer(said, found.seconds, 0, _told(program) | {"version": found.version})
+
+    return answer
+
+
+def fine_tuned(task: Task) -> Answer:
+    """The second reference: its TV to the first one is the floor."""
+    return Answer(task.references[1].predict(task.queries.texts), 0.0, 0, {})
+
+
 SYSTEMS: Mapping[str, Callable[[Task], Answer]] = {
     "vote": vote,
     "O0": at_level(0, calibrated=False),
     "O1": at_level(1, calibrated=False),
     "O1-calibrated": at_level(1, calibrated=True),
     "O2": at_level(2, calibrated=True),
+    **{name: chosen_by(name) for name in PEERS},
+    "fine-tuned": fine_tuned,
 }
 
 
@@ -124,16 +178,15 @@ def _told(program: Program) -> Row:
     }
 
 
-def measure(system: str, task: Task) -> Row:
-    """One row."""
+def measure(system: str, task: Task) -> tuple[Row, Row]:
+    """One row, and what it is the mean of: a value for each query."""
     said, compile_seconds, calls, settings = SYSTEMS[system](task)
     right = np.array([said.labels.index(answer) for answer in task.queries.answers])
     place = np.arange(len(right))
     labels = said.probabilities / np.maximum(said.probabilities.sum(axis=1, keepdims=True), LEAST_PROBABILITY)
+    each = {"accuracy": (said.best == right).astype(float), "log_loss": _log_loss(said.probabilities[place, right])}
     row: Row = {
-        "accuracy": float((said.best == right).mean()),
-        "log_loss": _log_loss(said.probabilities[place, right]),
-        "log_loss_of_labels": _log_loss(labels[place, right]),
+        "log_loss_of_labels": float(_log_loss(labels[place, right]).mean()),
         "label_mass": float((said.uncalibrated or said).probabilities.sum(axis=1).mean()),
         "calls": calls,
         "compile_seconds": compile_seconds,
@@ -143,32 +196,139 @@ def measure(system: str, task: Task) -> Row:
         "machine": machine(),
         "commit": commit(),
     }
-    if task.reference is not None:
-        theirs = task.reference.predict(task.queries.texts)
-        order = [theirs.labels.index(label) for label in said.labels]
-        tv = tv_distance(with_other(said.probabilities), with_other(theirs.probabilities[:, order]))
-        row["tv"] = float(tv.mean())
-    return row
+    if task.references:
+        theirs = [reference.predict(task.queries.texts) for reference in task.references]
+        each["tv"] = distances(said, theirs[0]).lower
+        row["floor"] = float(distances(theirs[0], theirs[1]).lower.mean())
+    means = {name: float(values.mean()) for name, values in each.items()}
+    return means | row, {name: values.round(5).tolist() for name, values in each.items()}
 
 
-def _log_loss(of_right: Any) -> float:
-    return float(-np.log(np.maximum(of_right, LEAST_PROBABILITY)).mean())
+def _log_loss(of_right: Float[np.ndarray, " queries"]) -> Float[np.ndarray, " queries"]:
+    loss: Float[np.ndarray, " queries"] = -np.log(np.maximum(of_right, LEAST_PROBABILITY))
+    return loss
 
 
-def rows() -> list[Row]:
-    """All that was measured."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+class Remembering:
+    """A predictor that is asked about the same texts once."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+        self._said: dict[tuple[str, ...], Predictions] = {}
+        self.labels = predictor.labels
+
+    def predict(self, texts: Sequence[str], *, progress: Progress | None = None) -> Predictions:
+        """As the predictor says, or has said."""
+        if tuple(texts) not in self._said:
+            self._said[tuple(texts)] = self._predictor.predict(texts, progress=progress)
+        return self._said[tuple(texts)]
+
+
+def references(folder: Path, name: str, train: Dataset, examples: int) -> tuple[list[Predictor], list[str]]:
+    """Two references of seeds 0 and 1, trained if they are not there, and what they are, in words."""
+    how = make_method("rsr", {})
+    found, told = [], []
+    for seed in (0, 1):
+        path = folder / f"{name}-{seed}"
+        if not path.exists():
+            print(f"training {path}", flush=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            loop = LoopSettings(learning_rate=how.learning_rate, seed=seed)
+            finetune(train.subset(min(examples, len(train)), seed=0), path, model=MODEL, method=how, settings=loop)
+        reference = load_reference(path)
+        found.append(Remembering(reference.predictor()))
+        told.append(reference.description)
+    return found, told
+
+
+def rows(path: Path) -> list[Row]:
+    """All that a file holds."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def keep(row: Row, path: Path) -> None:
+    """Append a row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def table() -> str:
-    """What was measured, in Markdown."""
-    columns = ("dataset", "budget", "system", "accuracy", "log_loss", "log_loss_of_labels", "label_mass", "calls",
-               "compile_seconds", "seconds", "tokens")  # fmt: skip
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows():
-        cells = (f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in columns)
+    """What was measured, in Markdown, and how -O2 compares with the vote alone."""
+    columns = ("dataset", "budget", "queries", "seed", "system", "accuracy", "log_loss", "tv", "floor", "label_mass",
+               "log_loss_of_labels", "calls", "compile_seconds", "seconds", "tokens")  # fmt: skip
+    heads = [*columns, *(f"O2: {name}" for name in BETTER)]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    against_vote: dict[str, list[Difference]] = {name: [] for name in BETTER}
+    for row in rows(ROWS):
+        row |= {"seed": row["key"][3], "queries": row["key"][5]}
+        values = (row.get(name, "") for name in columns)
+        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
+        found = differences(row)
+        cells += [str(found[name]) if name in found else "" for name in BETTER]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for name, difference in found.items():
+            against_vote[name] += [difference] * (row["system"] == "vote")
+    return "\n".join([*lines, "", *(told for name in BETTER if (told := verdict(name, against_vote[name])))])
+
+
+class Difference(NamedTuple):
+    """A mean difference with the ends of its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float], *, bounded: bool) -> Difference:
+    """The mean of `ours` less `theirs`, query by query; the interval is betting's where both lie in [0, 1].
+
+    >>> str(paired([0.5, 1.0] * 50, [0.0, 0.5] * 50, bounded=False))
+    '+0.500 [+0.500, +0.500]'
+    """
+    apart = np.random.default_rng(0).permutation(np.subtract(ours, theirs))  # betting wants a random order
+    mean = float(apart.mean())
+    if bounded:
+        low, high = (2 * end - 1 for end in betting((apart + 1) / 2))
+        return Difference(mean, low, high)
+    error = float(student.ppf(0.975, len(apart) - 1) * apart.std(ddof=1) / np.sqrt(len(apart)))
+    return Difference(mean, mean - error, mean + error)
+
+
+def differences(row: Row) -> dict[str, Difference]:
+    """-O2 less the system of this row, in the same setting; nothing where not both kept each query."""
+    each = {json.dumps(kept["key"]): kept for kept in rows(EACH_QUERY / f"{row['dataset']}.jsonl")}
+    best = [*row["key"][:2], "O2", *row["key"][3:]]
+    ours, theirs = (each.get(json.dumps(key), {}) for key in (best, row["key"]))
+    if ours is theirs:
+        return {}
+    return {
+        name: paired(ours[name], theirs[name], bounded=name != "log_loss")
+        for name in BETTER
+        if name in ours and name in theirs
+    }
+
+
+def verdict(name: str, found: Sequence[Difference]) -> str:
+    """Whether -O2 is ever worse than the vote alone, in words; nothing where they were not compared.
+
+    >>> verdict("accuracy", [Difference(0.1, 0.05, 0.15), Difference(-0.01, -0.05, 0.04)])
+    'accuracy of -O2 beside the vote alone, of 2: better in 1 (1 of them clearly), worse in 1 (0 of them clearly)'
+    """
+    if not found:
+        return ""
+    sign = BETTER[name]
+    better = [(sign * each.mean > 0, min(sign * each.low, sign * each.high) > 0) for each in found]
+    worse = [(sign * each.mean < 0, max(sign * each.low, sign * each.high) < 0) for each in found]
+    counts = [[sum(column) for column in zip(*each, strict=True)] for each in (better, worse)]
+    told = ", ".join(
+        f"{word} in {plain} ({clearly} of them clearly)"
+        for word, (plain, clearly) in zip(("better", "worse"), counts, strict=True)
+    )
+    return f"{name} of -O2 beside the vote alone, of {len(found)}: {told}"
 
 
 def main() -> None:
@@ -180,38 +340,51 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=1000)
     parser.add_argument("--queries", type=int, default=300)
     parser.add_argument("--search-queries", type=int, default=1500)
+    parser.add_argument("--shots", type=int, default=16, help="most shots of what peers choose")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--references", type=Path)
+    parser.add_argument("--references", type=Path, metavar="FOLDER", help="of fine-tuned models; made if missing")
+    parser.add_argument("--reference-examples", type=int, default=2000)
     asked = parser.parse_args()
     data = Path(os.environ.get("ICL_DATASETS", Path(__file__).parents[2] / "shared" / "data"))
     if not data.is_dir():
         sys.exit(f"there are no datasets at {data}; set ICL_DATASETS to the folder that holds {', '.join(DATASETS)}")
     backend = open_backend("transformers", MODEL)
-    ROWS.parent.mkdir(exist_ok=True)
+    failed: dict[str, str] = {}
     for name in asked.datasets:
         train, test = (load_dataset(data / name / f"{part}.jsonl") for part in ("train", "test"))
         test = test.take([row for row, answer in enumerate(test.answers) if answer in train.labels])
-        reference = load_reference(asked.references / name).predictor() if asked.references else None
+        tuned: list[Predictor] = []
+        told: list[str] = []
+        if asked.references:
+            unseen, _ = train.without_texts(test.texts)
+            tuned, told = references(asked.references, name, unseen, asked.reference_examples)
         for seed in asked.seeds:
             drawn = np.sort(np.random.default_rng(seed).permutation(len(test))[: asked.queries]).tolist()
+            pool = train.subset(min(asked.pool, len(train)), seed=seed)
             for budget in asked.budgets:
+                task = Task(
+                    name, pool, test.take(drawn), budget, asked.search_queries, seed, backend, tuned, asked.shots
+                )
                 for system in asked.systems:
-                    pool = min(asked.pool, len(train))
-                    key = [name, budget, system, seed, pool, len(drawn), asked.search_queries, reference is not None]
-                    if key in [row["key"] for row in rows()]:
+                    key = [
+                        name, budget, system, seed, len(pool), len(drawn), asked.search_queries, told, asked.shots
+                    ]  # fmt: skip
+                    if key in [row["key"] for row in rows(ROWS)] or (system == "fine-tuned" and not tuned):
                         continue
-                    task = Task(
-                        name, train.subset(pool, seed=seed), test.take(drawn), budget, asked.search_queries, seed,
-                        backend, reference,
-                    )  # fmt: skip
-                    row = {"key": key, "dataset": name, "budget": budget, "system": system, **measure(system, task)}
-                    with ROWS.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
-                    print(
-                        {k: row[k] for k in ("dataset", "budget", "system", "accuracy", "log_loss", "calls")},
-                        flush=True,
-                    )
+                    try:
+                        row, each = measure(system, task)
+                    except (RuntimeError, subprocess.CalledProcessError) as error:
+                        failed[system] = str(error)
+                        print(f"{system} failed: {error}", file=sys.stderr, flush=True)
+                        continue
+                    keep({"key": key, **each}, EACH_QUERY / f"{name}.jsonl")
+                    row = {"key": key, "dataset": name, "budget": budget, "system": system, **row}
+                    keep(row, ROWS)
+                    shown = ("dataset", "budget", "system", "accuracy", "log_loss", "tv", "calls")
+                    print({k: row[k] for k in shown if k in row}, flush=True)
     print(table())
+    if failed:
+        sys.exit("\n".join(f"not measured: {system}: {why}" for system, why in failed.items()))
 
 
 if __name__ == "__main__":

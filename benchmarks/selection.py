@@ -23,7 +23,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from benchmarks.peers.asking import ask, write_job
 from benchmarks.peers.environments import peers_python, selection_python
 from evaluation.evaluate import commit, machine
 
@@ -66,26 +66,16 @@ def job(data: Path) -> tuple[list[str], Any, Path]:
     queries = rows("test", QUERIES)
     pool, _ = rows("train", POOL + QUERIES).without_texts(queries.texts)
     pool = pool.take(range(POOL))
-    WORK.mkdir(exist_ok=True)
     path = WORK / "job.json"
-    fields = {
-        "texts": list(pool.texts), "labels": list(pool.answers), "queries": list(queries.texts), "shots": SHOTS,
-        "model": locate(MODEL),
-    }  # fmt: skip
-    path.write_text(json.dumps(fields), encoding="utf-8")
     vectors = named_encoder("minilm").encode([*pool.texts, *queries.texts])
-    np.save(path.with_suffix(".npy"), vectors)
+    write_job(path, pool, queries.texts, vectors, shots=SHOTS, model=locate(MODEL))
     return list(pool.texts), vectors, path
 
 
 def contender(name: str, path: Path, texts: list[str], nearest: Any) -> dict[str, object]:
     """The row of one contender."""
     script, python = CONTENDERS[name]
-    result = WORK / f"{name}.json"
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    command = [str(python()), str(HERE / "peers" / script), str(path), str(result)]
-    subprocess.run(command, check=True, env=one_thread)
-    found = json.loads(result.read_text(encoding="utf-8"))
+    found = ask(script, python(), path, WORK / f"{name}.json")
     same = [
         sum(texts[row] in shots for row in rows) / SHOTS for rows, shots in zip(nearest, found["shots"], strict=True)
     ]

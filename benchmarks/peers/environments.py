@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 VENV = ROOT / ".venv-peers"
+SELECTION_VENV = ROOT / ".venv-peers-selection"
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 CONSTRAINTS = ROOT / "constraints.txt"
 OPENICL = "openicl==0.1.8"
@@ -50,7 +51,7 @@ def selection_python() -> Path:
     Raises:
         CalledProcessError: if a package cannot be installed.
     """
-    venv, requirements = ROOT / ".venv-peers-selection", REQUIREMENTS.with_name("requirements_selection.txt")
+    venv, requirements = SELECTION_VENV, REQUIREMENTS.with_name("requirements_selection.txt")
     mark = venv / ".installed"
     if not mark.exists() or mark.stat().st_mtime < requirements.stat().st_mtime:
         print(f"Setting up {venv.name}, once: a minute or two ...", file=sys.stderr)

@@ -1,9 +1,10 @@
-"""What the contenders of the selection benchmark share: the job, the encoder, the clock.
+"""What the contenders of the selection and quality benchmarks share: the job, the encoder, the clock.
 
 - A contender is a script, `python selection_X.py JOB RESULT`, in a process and an environment of its own; this module
   needs numpy and nothing else, and imports nothing of the compiler.
 - The encoder is a table of vectors made beforehand: the time to encode counts for nobody.
 - The clock runs from texts to finished prompts. Making the index is not in it.
+- A job that names a `method` asks for rows of the pool in place of prompts, and nothing is timed but the whole.
 """
 
 import json
@@ -28,6 +29,8 @@ class Job(NamedTuple):
     model: str
     vectors: Any
     """The table: `[place of a text among texts and queries, width]`, float32, of length 1."""
+    method: str = ""
+    seed: int = 0
 
     @classmethod
     def read(cls, path: Path) -> "Job":
@@ -59,10 +62,37 @@ class Found(NamedTuple):
     characters: int
 
 
-def run(load: Callable[[Job], tuple[Callable[[list[str]], Found], str]]) -> None:
-    """Time the function that `load` gives, which makes the prompts of all queries: the fastest of three rounds."""
+class Chosen(NamedTuple):
+    """The rows of the pool that a contender shows.
+
+    Attributes:
+        rows: for each query as many as the job asks for, the most important first.
+        order: in which they stand in the contender's prompts: `best-first`, `best-last` or `random`.
+        version: of the contender.
+    """
+
+    rows: list[list[int]]
+    order: str
+    version: str
+
+
+def run(
+    load: Callable[[Job], tuple[Callable[[list[str]], Found], str]] | None = None,
+    choose: Callable[[Job], Chosen] | None = None,
+) -> None:
+    """Do the job named on the command line.
+
+    `load` gives a function that makes the prompts of all queries, of which the fastest of three rounds counts; where
+    the job names a method, `choose` gives rows.
+    """
     source, target = map(Path, sys.argv[1:])
     job = Job.read(source)
+    began = time.perf_counter()
+    if job.method:
+        chosen = choose(job)
+        seconds = time.perf_counter() - began
+        target.write_text(json.dumps(chosen._asdict() | {"seconds": seconds}), encoding="utf-8")
+        return
     make, version = load(job)
     make(job.queries[:20])
     rounds = []

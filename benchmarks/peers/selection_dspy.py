@@ -2,13 +2,15 @@
 
 The language model answers at once and does nothing. No demonstration is bootstrapped (which would call it), the 16
 nearest are taken as they are.
+
+Rows are those of its KNN, which KNNFewShot asks; it then shuffles them, in the same way for every query.
 """
 
 from importlib.metadata import version
 from typing import Any
 
 import dspy
-from lookup import INSTRUCTION, Found, Job, Table, run
+from lookup import INSTRUCTION, Chosen, Found, Job, Table, run
 
 
 class Silent(dspy.BaseLM):
@@ -27,18 +29,18 @@ class Silent(dspy.BaseLM):
 
 
 def load(job: Job) -> object:
-    table = Table(job)
     model = Silent()
     dspy.configure(lm=model, adapter=dspy.ChatAdapter())
     examples = [
         dspy.Example(text=text, label=label).with_inputs("text")
         for text, label in zip(job.texts, job.labels, strict=True)
     ]
-    vectorizer = dspy.Embedder(
-        lambda texts: table.encode([text.removeprefix("text: ") for text in texts]), caching=False
-    )
     optimizer = dspy.KNNFewShot(
-        k=job.shots, trainset=examples, vectorizer=vectorizer, max_bootstrapped_demos=0, max_labeled_demos=job.shots
+        k=job.shots,
+        trainset=examples,
+        vectorizer=vectorizer(job),
+        max_bootstrapped_demos=0,
+        max_labeled_demos=job.shots,
     )
     program = optimizer.compile(dspy.Predict(dspy.Signature("text -> label", INSTRUCTION)))
 
@@ -51,5 +53,16 @@ def load(job: Job) -> object:
     return make, version("dspy")
 
 
+def choose(job: Job) -> Chosen:
+    examples = [dspy.Example(text=text, row=row).with_inputs("text") for row, text in enumerate(job.texts)]
+    nearest = dspy.KNN(k=job.shots, trainset=examples, vectorizer=vectorizer(job))
+    return Chosen([[each.row for each in nearest(text=text)] for text in job.queries], "random", version("dspy"))
+
+
+def vectorizer(job: Job) -> dspy.Embedder:
+    table = Table(job)
+    return dspy.Embedder(lambda texts: table.encode([text.removeprefix("text: ") for text in texts]), caching=False)
+
+
 if __name__ == "__main__":
-    run(load)
+    run(load, choose)
