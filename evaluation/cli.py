@@ -51,7 +51,7 @@ REPORT_TITLE = "Prompt or fine-tune?"
 @click.option("--data", required=True, metavar="DATA", help="Labelled test data, of any kind that `icl compile` reads.")
 @click.option("-o", "--output", type=OutputFile(), help="Write the report here, as one HTML file.")
 @click.option("--rows", type=OutputFile(), help="Append the results to this file, one JSON object a line.")
-@click.option("--per-query", type=OutputFile(), help="Append the gap of each query to this file: a line for each row.")
+@click.option("--per-query", type=OutputFile(), help="Append what each query showed to this file, for `icl compare`.")
 @click.option("--queries", type=WholeNumber(min=1), show_default="all", help="Test rows to ask, drawn at random.")
 @click.option(
     "--epsilon",

@@ -32,6 +32,7 @@ from evaluation.reference.trainer import Reference, same_labels
 from evaluation.sequential import running_interval
 from evaluation.tv import Sandwich
 from icl_compiler.backends.backend import Backend, Progress
+from icl_compiler.calibration.held_out import log_loss
 from icl_compiler.calibration.law import NO_CALIBRATION
 from icl_compiler.compile import new_retriever, without_rows, zero_shot_program
 from icl_compiler.data import Dataset
@@ -52,8 +53,9 @@ class Evaluation(NamedTuple):
     """Rows, the queries with the largest gap, counted warnings, and the gaps of every query.
 
     Attributes:
-        per_query: one object for each row, with its columns that say what was measured, and `gaps` and `correct`: of
-            each query in the order of the data that `data_sha256` is of.
+        per_query: one object for each row, with its columns that say what was measured, and lists with an entry for
+            each query in the order asked: `texts`, `gaps`, `correct`, and for labels `losses`, the log-loss of the
+            right one in nats. Where gaps are midpoints of bounds, `gap_truncation` is how far these are apart.
     """
 
     rows: list[Row]
@@ -166,8 +168,11 @@ def evaluate(
     def row(series: str, said: Predictions, **more: object) -> Row:
         compared = gap(said, answers.first, level=level, anytime=anytime)
         what = {"series": series, **common, **more}
-        correct = _same(_labels(said), data.answers)
-        per_query.append({**what, "gaps": compared.per_query.tolist(), "correct": correct.tolist()})
+        of_queries = query_columns(compared, _same(_labels(said), data.answers), data)
+        if said.upper is None:
+            right = [said.labels.index(answer) for answer in data.answers]
+            of_queries["losses"] = log_loss(said.probabilities, np.eye(len(said.labels))[right]).tolist()
+        per_query.append(what | of_queries)
         return what | measured_columns(said, compared, answers, data, level, anytime=anytime)
 
     reference_accuracy = float(np.mean(_same(_labels(answers.first), data.answers)))
@@ -276,6 +281,14 @@ def common_columns(
         "commit": commit(),
         "version": version("icl-compiler"),
     }
+
+
+def query_columns(compared: Gap, correct: Bool[np.ndarray, " texts"], data: Dataset) -> Row:
+    """What is known of each query."""
+    columns: Row = {"texts": list(data.texts), "gaps": compared.per_query.tolist(), "correct": correct.tolist()}
+    if compared.bounds is not None:
+        columns["gap_truncation"] = compared.bounds.high - compared.bounds.low
+    return columns
 
 
 def measured_columns(

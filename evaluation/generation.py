@@ -22,6 +22,7 @@ from evaluation.evaluate import (
     common_columns,
     gap_columns,
     predictor_of,
+    query_columns,
     require_comparable_references,
     without_test_rows,
 )
@@ -136,7 +137,7 @@ def evaluate_texts(
     def row(series: str, outputs: Sequence[str], compared: Gap, columns: Row, **more: object) -> Row:
         what = {"series": series, **common, **more}
         correct = _same(outputs, data.answers)
-        per_query.append({**what, "gaps": compared.per_query.tolist(), "correct": correct.tolist()})
+        per_query.append(what | query_columns(compared, correct, data))
         return {
             **what,
             **gap_columns(compared, len(data)),

@@ -176,6 +176,32 @@ def confidence_sequence(
     return ConfidenceSequence(lows, highs)
 
 
+def betting_p_value(
+    values: Float[np.ndarray, " values"], *, mean: float, delta: float = 0.05, anytime: bool = False
+) -> float:
+    """How well the values go with that mean: a p-value, valid at every sample size, two-sided.
+
+    The gamblers are those of `betting`, or with `anytime` those of `confidence_sequence`, tuned to `delta`: the mean
+    lies outside of their interval where the p-value is at most `delta`, but for the rounding of the ends. 2 over the
+    largest wealth of the two sides. Source: Ville's inequality; as `betting`.
+
+    Raises:
+        EvaluationError: no values, a value outside [0, 1] or NaN, `delta` or `mean` outside (0, 1).
+
+    >>> round(betting_p_value(np.array([0.2, 0.4] * 100), mean=0.3), 2), betting_p_value(np.ones(20), mean=0.5) < 1e-4
+    (1.0, True)
+    """
+    sample = _checked(values)
+    log_target = -math.log(_per_end(delta, "both"))
+    if not 0 < mean < 1:
+        raise EvaluationError(f"mean should be between 0 and 1, both excluded, is {mean}")
+    largest = max(
+        _largest_log_wealth(sample, mean, log_target, anytime=anytime),
+        _largest_log_wealth(1.0 - sample, 1.0 - mean, log_target, anytime=anytime),
+    )
+    return min(1.0, 2 * math.exp(-largest))
+
+
 def bootstrap_mean(
     values: Float[np.ndarray, " values"],
     *,
@@ -280,6 +306,17 @@ def _lowest_unrefused(sample: Float[np.ndarray, " values"], log_target: float) -
         log_wealth = np.log1p(np.minimum(bets, LARGEST_BET / m) * (sample - m)).cumsum()
         low, high = (m, high) if log_wealth.max() >= log_target else (low, m)
     return low
+
+
+def _largest_log_wealth(
+    sample: Float[np.ndarray, " values"], mean: float, log_target: float, *, anytime: bool
+) -> float:
+    bets = np.minimum(_plugin_bets(sample, log_target, fixed=not anytime), LARGEST_BET / mean)
+    wealth = np.log1p(bets * (sample - mean)).cumsum()
+    if anytime:
+        fixed = [np.log1p(bet / mean * (sample - mean)).cumsum() - math.log(2 * len(FIXED_BETS)) for bet in FIXED_BETS]
+        wealth = np.logaddexp.reduce([wealth - math.log(2), *fixed])
+    return float(wealth.max())
 
 
 def _running_lows(sample: Float[np.ndarray, " values"], log_target: float) -> Float[np.ndarray, " values"]:

@@ -63,6 +63,7 @@ COMMANDS: Mapping[str, str] = {
     "merge": "evaluation.reference_cli:merge",
     "cascade": "evaluation.cascade_cli:cascade",
     "evaluate": "evaluation.cli:evaluate",
+    "compare": "evaluation.comparison_cli:compare",
     "sweep": "evaluation.sweep_cli:sweep",
     "report": "evaluation.sweep_cli:report",
     "bounds": "evaluation.bounds_cli:bounds",

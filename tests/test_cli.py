@@ -381,6 +381,7 @@ def test_evaluate_asks_until_it_is_decided(program: Path, reference: Path, here:
     each = json.loads((here / "gaps.jsonl").read_text())
     assert len(each["gaps"]) == len(each["correct"]) == 16
     assert row["gap"] == pytest.approx(sum(each["gaps"]) / 16)
+    assert json.loads(done("compare", "gaps.jsonl", "gaps.jsonl", "--json"))["differences"][0]["p_value"] == 1
     assert "16 of at most 40 queries" in " ".join(done("decide", "rows.jsonl", "--epsilon", 0.999).split())
     result = icl(*asked, "--examples", 6)
     assert (result.exit_code, "leave --examples out" in result.stderr) == (2, True)

@@ -66,6 +66,18 @@ def test_the_noise_is_measured_in_other_batches_and_against_float32(program: Pro
     assert [line.split("  ")[0] for line in lines[2:4]] == ["scoring noise, other batches", "scoring noise, float32"]
 
 
+def test_what_each_query_showed_is_kept(program: Program) -> None:
+    [each] = measured(program, EchoBackend(), series=()).per_query
+    said = PromptedPredictor(program, EchoBackend()).predict(TEXTS)
+    right = [said.probabilities[i, said.labels.index(label)] for i, label in enumerate(TEST.answers)]
+    assert each["texts"] == list(TEXTS)
+    np.testing.assert_allclose(each["losses"], -np.log(right))
+    bounded = measured(program, TopEcho(1), series=())
+    [each] = bounded.per_query
+    assert each["gap_truncation"] == bounded.rows[0]["gap_truncation"] > 0
+    assert "losses" not in each
+
+
 def test_other_batches_are_compared_query_by_query(program: Program) -> None:
     """A backend that depends on nothing but the prompt has no noise, in whatever order it is asked."""
     [_, noise] = measured(program, EchoBackend()).rows
