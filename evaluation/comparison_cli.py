@@ -16,8 +16,8 @@ _FILE = click.Path(path_type=Path)
 
 
 @click.command()
-@click.argument("first", type=_FILE, metavar="A")
-@click.argument("second", type=_FILE, metavar="[B]", required=False)
+@click.argument("a", type=_FILE)
+@click.argument("b", type=_FILE, required=False)
 @click.option("--series", default="program", metavar="NAME", help="What is taken from A.")
 @click.option("--with", "other", metavar="NAME", show_default="the same", help="What is taken from B.")
 @click.option("--examples", type=WholeNumber(min=1), help="Size of the pool, where the files have several.")
@@ -29,8 +29,8 @@ _FILE = click.Path(path_type=Path)
 )
 @json_option
 def compare(
-    first: Path,
-    second: Path | None,
+    a: Path,
+    b: Path | None,
     series: str,
     other: str | None,
     examples: int | None,
@@ -52,16 +52,16 @@ def compare(
     """
     from evaluation.comparison import choose_line, compare_lines
 
-    if second is None and other in (None, series):
+    if b is None and other in (None, series):
         raise click.UsageError('with one file, name the series to compare with: --with "neighbours\' vote"')
-    one = choose_line(_read(first), series, examples, str(first))
-    two = choose_line(_read(second or first), other or series, examples, str(second or first))
+    one = choose_line(_read(a), series, examples, str(a))
+    two = choose_line(_read(b or a), other or series, examples, str(b or a))
     found = compare_lines(one, two, level=level)
     if as_json:
         print_json(found._asdict() | {"differences": [each._asdict() for each in found.differences]})
         return
     both, in_first, in_second = found.queries
-    click.echo(f"A is {first}, {series}; B is {second or first}, {other or series}")
+    click.echo(f"A is {a}, {series}; B is {b or a}, {other or series}")
     click.echo(f"{both:,} queries in both, of {in_first:,} in A and {in_second:,} in B\n")
     for line in _table(found):
         click.echo(line)
