@@ -357,7 +357,7 @@ def _with_random_shots(program: Program) -> Program:
     index = new_retriever("uniform", encoder=program.settings.encoder, seed=program.settings.seed)
     index.fit(program.pool.data.texts)
     settings = replace(program.settings, retriever="uniform", order="best-first", layout="per-query")
-    return replace(program, settings=settings, retriever=index, blocks=None, calibration=NO_CALIBRATION)
+    return replace(program, settings=settings, retriever=index, blocks=None, calibration=NO_CALIBRATION, reranker=None)
 
 
 def _with_shuffled_labels(program: Program) -> Program:

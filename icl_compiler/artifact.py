@@ -39,13 +39,15 @@ from icl_compiler.errors import ArtifactError
 from icl_compiler.layouts import Blocks, Expected, Layout
 from icl_compiler.program import Pool, Program, Settings
 from icl_compiler.registry import CALIBRATIONS, RETRIEVERS
+from icl_compiler.reranker import FEATURES, Reranker
 from icl_compiler.selection import Order
 from icl_compiler.templates import EncodedTemplate, Template
 
-FORMAT = 2
-"""2: a program may be calibrated. Programs of format 1 are not, and load."""
+FORMAT = 3
+"""3: a program may rerank; 2: it may be calibrated. Programs of formats 1 and 2 load, and are as they were."""
 _MANIFEST = "manifest.json"
 _BLOCKS = ("centres", "rows", "offsets")
+_RERANKER = "reranker.safetensors"
 _TRACE = "trace.jsonl"
 
 
@@ -87,6 +89,8 @@ def save_program(program: Program, folder: Path, *, trace: Sequence[Mapping[str,
             program.voters.save(draft / "voters")
         if kept := arrays_of(program.calibration):
             (draft / "calibration.safetensors").write_bytes(save(kept))
+        if program.reranker is not None:
+            (draft / _RERANKER).write_bytes(save({"helpful": program.reranker.helpful}))
         if trace:
             told = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in trace)
             (draft / _TRACE).write_text(told, encoding="utf-8", newline="\n")
@@ -102,6 +106,11 @@ def save_program(program: Program, folder: Path, *, trace: Sequence[Mapping[str,
                 "tokenizer": program.template.tokenizer.fingerprint,
                 "pool": {"rows": len(data), "sha256": data.content_hash},
                 "calibration": numbers_of(program.calibration),
+                "reranker": program.reranker
+                and {
+                    "candidates": program.reranker.candidates,
+                    "weights": dict(zip(FEATURES, program.reranker.weights.tolist(), strict=True)),
+                },
             },
         )
 
@@ -160,11 +169,23 @@ def _read_program(folder: Path, manifest: dict[str, Any]) -> Program:
         voters = new_retriever("dense", encoder=settings.encoder, seed=settings.seed)
         voters.load(folder / "voters")
     program = Program(
-        settings, manifest["task"], encoded, pool, retriever, blocks, expected, calibration=calibration, voters=voters
-    )
-    if calibration.neighbours and program.dense is None:
-        raise ValueError("the calibration counts votes of neighbours, and there is no index that finds them")
+        settings, manifest["task"], encoded, pool, retriever, blocks, expected, calibration=calibration, voters=voters,
+        reranker=_read_reranker(folder, manifest["reranker"], rows=len(rows)) if manifest.get("reranker") else None,
+    )  # fmt: skip
+    if (calibration.neighbours or program.reranker is not None) and program.dense is None:
+        raise ValueError("its calibration or its reranker wants neighbours, and there is no index that finds them")
     return program
+
+
+def _read_reranker(folder: Path, told: dict[str, Any], *, rows: int) -> Reranker:
+    from safetensors.numpy import load_file
+
+    weights = np.array([told["weights"][name] for name in FEATURES], dtype=np.float64)
+    helpful = load_file(folder / _RERANKER)["helpful"].astype(np.float64)
+    known = set(told["weights"]) == set(FEATURES) and isinstance(told["candidates"], int) and told["candidates"] > 0
+    if not known or helpful.shape != (rows,) or not (np.isfinite(weights).all() and np.isfinite(helpful).all()):
+        raise ValueError("the numbers of the reranker make no sense")
+    return Reranker(told["candidates"], weights, helpful)
 
 
 def _read_blocks(folder: Path, settings: Settings, *, rows: int) -> Blocks:

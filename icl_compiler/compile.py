@@ -18,6 +18,7 @@ from icl_compiler.layouts import Expected, Layout, computed_tokens, make_blocks
 from icl_compiler.models import cache_folder, locate
 from icl_compiler.program import SAME_FOR_ALL, Program, Settings, encode_pool
 from icl_compiler.registry import RETRIEVERS, resolve
+from icl_compiler.reranker import Reranker
 from icl_compiler.selection import Order, joined
 from icl_compiler.templates import EncodedTemplate, Template
 from icl_compiler.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer
@@ -197,14 +198,26 @@ def with_pool(program: Program, data: Dataset) -> Program:
     place = {text: row for row, text in enumerate(data.texts)}
     places = np.array([place.get(text, -1) for text in program.pool.data.texts], dtype=np.int64)
     bare = replace(program, pool=encode_pool(program.template, data), retriever=index)
-    bare = replace(bare, voters=None, calibration=NO_CALIBRATION)
+    bare = replace(bare, voters=None, calibration=NO_CALIBRATION, reranker=None)
+    if program.reranker is not None:
+        bare = with_reranker(bare, program.reranker.moved(places, len(data)))
     return with_calibration(laid_out(bare), program.calibration.moved(places))
 
 
 def with_calibration(program: Program, calibration: Calibration) -> Program:
     """The program with another calibration, and with a dense index of its pool if that counts votes and it has none."""
     program = replace(program, calibration=calibration)
-    if not calibration.neighbours or program.dense is not None:
+    return with_dense(program) if calibration.neighbours else program
+
+
+def with_reranker(program: Program, reranker: Reranker) -> Program:
+    """The program with its candidates reranked, and with a dense index of its pool if it has none."""
+    return with_dense(replace(program, reranker=reranker))
+
+
+def with_dense(program: Program) -> Program:
+    """The program with a dense index of its pool, if it has none."""
+    if program.dense is not None:
         return program
     voters = new_retriever("dense", encoder=program.settings.encoder, seed=program.settings.seed)
     voters.fit(program.pool.data.texts)

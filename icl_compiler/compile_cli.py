@@ -46,29 +46,30 @@ if TYPE_CHECKING:
 @click.option(
     "-O",
     "level",
-    type=click.Choice(["0", "1", "2"]),
+    type=click.Choice(["0", "1", "2", "3"]),
     default="1",
     help="How hard to look for good prompts. 0: random shots. 1: the nearest ones. 2: retriever, number, order and "
-    "balance of the shots and the template are searched on held-out rows, which runs the language model.",
+    "balance of the shots and the template are searched on held-out rows, which runs the language model. 3: "
+    "what 2 does, then other instructions, and a reranker that learns which shots help the model.",
 )
 @click.option(
     "--search-queries",
-    default=1500,
     type=WholeNumber(min=1),
-    help="Most prompts that -O2 asks the model.",
+    show_default="1500; 3000 at -O3",
+    help="Most prompts that -O2 or -O3 asks the model.",
 )
 @click.option(
     "--time-limit",
     type=FiniteNumber(min=0, min_open=True),
     metavar="MINUTES",
     show_default="none",
-    help="After which -O2 takes the best so far; what that is depends on the machine.",
+    help="After which a search takes the best so far; what that is depends on the machine.",
 )
 @click.option(
     "--metric",
     type=click.Choice(["likelihood", "exact-match"]),
     default="likelihood",
-    help="What -O2 judges generated targets by; labels are judged by log-loss.",
+    help="What a search judges generated targets by; labels are judged by log-loss.",
 )
 @model_option
 @click.option(
@@ -135,7 +136,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--calibration",
-    show_default="none; auto at -O2",
+    show_default="none; auto from -O2 on",
     metavar="NAME",
     type=TableName("calibration", {**CALIBRATIONS, "auto": ""}),
     help="Make the label probabilities mean what they say. auto: ask the model about rows of DATA, each without "
@@ -147,7 +148,7 @@ if TYPE_CHECKING:
     default=200,
     type=WholeNumber(min=10),
     metavar="N",
-    help="Rows of DATA asked to calibrate; -O2 has asked.",
+    help="Rows of DATA asked to calibrate; a search has asked.",
 )
 @click.option(
     "--reference",
@@ -179,7 +180,7 @@ def compile_command(
     data: str,
     output: Path,
     level: str,
-    search_queries: int,
+    search_queries: int | None,
     time_limit: float | None,
     metric: "Metric",
     model: str,
@@ -215,8 +216,8 @@ def compile_command(
 
     DATA is a CSV, TSV, JSONL, JSON or Parquet file, a folder that Hugging Face datasets saved
     (FOLDER or FOLDER:SPLIT), or hf:NAME[:SPLIT]. A program is a folder. Up to -O1 compiling does not run the
-    language model, unless to calibrate; dense retrieval runs its encoder over all rows. -O2 searches; a setting
-    that you name stays as you say, and a search that is killed goes on with the same command.
+    language model, unless to calibrate; dense retrieval runs its encoder over all rows. -O2 and -O3 search; a
+    setting that you name stays as you say, and a search that is killed goes on with the same command.
 
     \b
       icl compile train.csv -o program
@@ -231,20 +232,21 @@ def compile_command(
     from icl_compiler.calibration.calibrating import WITH_OWN_PROMPTS
     from icl_compiler.compile import compile_program
     from icl_compiler.data import load_dataset
-    from icl_compiler.optimise.levels import DEFAULT_RETRIEVERS, optimise
+    from icl_compiler.optimise.levels import DEFAULT_RETRIEVERS, QUERIES, optimise
     from icl_compiler.optimise.trace import table
     from icl_compiler.predictor import open_backend
 
-    calibration = calibration or ("auto" if level == "2" else "none")
-    if level != "2" and time_limit:
-        raise click.UsageError(f"-O{level} does not search; --time-limit is for -O2")
-    if level != "2" and calibration == "none" and (backend or server or in_flight or dtype != "auto"):
+    searches = level in ("2", "3")
+    calibration = calibration or ("auto" if searches else "none")
+    if not searches and time_limit:
+        raise click.UsageError(f"-O{level} does not search; --time-limit is for -O2 and -O3")
+    if not searches and calibration == "none" and (backend or server or in_flight or dtype != "auto"):
         raise click.UsageError(
             f"-O{level} runs no model without --calibration; --backend, --server, --in-flight and --dtype are for it, "
-            "and for -O2"
+            "and for -O2 and -O3"
         )
     require_replaceable(output, kind="program")
-    if level != "2" and calibration == "none" and reference:
+    if not searches and calibration == "none" and reference:
         raise click.UsageError("--reference says what to calibrate towards; give --calibration auto too, or -O2")
     dataset = load_dataset(
         data, text_column=text_column, label_column=label_column, target_column=target_column, where=where
@@ -280,23 +282,25 @@ def compile_command(
         warnings.append(f"{counted(too_long, 'row')} too long to be a shot in a prompt of {budget:,} tokens (--budget)")
         say(f"Warning: {warnings[-1]}")
     engine = None
-    if level == "2" or calibration != "none":
+    if searches or calibration != "none":
         engine = open_backend(backend, model, dtype=dtype, server=server, in_flight=in_flight)
     trace: list[dict[str, Any]] = []
     target = None
     if reference is not None:
         target = resolve("reference", REFERENCES, "folder")(reference).predictor(dtype=dtype)
-    later = calibration in WITH_OWN_PROMPTS or level != "2"  # else the search calibrates with what it asked
-    if engine is not None and level == "2":
+    later = calibration in WITH_OWN_PROMPTS or not searches  # else the search calibrates with what it asked
+    if engine is not None and searches:
         named = {"retriever": retriever, "shots": shots, "order": order, "per_label": per_label, "template": template}
         log = output.with_name(f"{output.name}.search.jsonl")
         try:
-            with progress_bar("searching", search_queries, "prompt") as advance:
+            most = QUERIES[int(level)] if search_queries is None else search_queries
+            with progress_bar("searching", most, "prompt") as advance:
                 program, trace = optimise(
                     program,
                     engine,
+                    level=3 if level == "3" else 2,
                     fixed=frozenset(name for name, value in named.items() if value is not None),
-                    queries=search_queries,
+                    queries=most,
                     time_limit_s=60 * (time_limit or math.inf),
                     calibrations=None if calibration == "auto" else ["none" if later else calibration],
                     reference=target,

@@ -36,6 +36,8 @@ def facts(program: Program) -> dict[str, Any]:
     """How a program was made, by the names of its settings."""
     told = {"task": program.task, **asdict(program.settings)}
     told |= {"template": program.template.template.name, "calibration": program.calibration.describe()}
+    if program.reranker is not None:
+        told["reranker"] = program.reranker.describe()
     told["rows"] = len(program.pool.data)
     return told | ({"labels": len(program.labels)} if program.labels else {})
 

@@ -18,8 +18,10 @@ from icl_compiler.calibration.votes import Voters, voters_of
 from icl_compiler.data import Dataset, normalise_text
 from icl_compiler.errors import BudgetError
 from icl_compiler.layouts import Blocks, Expected, Layout
+from icl_compiler.reranker import Reranker, features
 from icl_compiler.selection import Order, Selection, arranged, candidates, in_rounds, joined, pack, random_keys
 from icl_compiler.templates import EncodedTemplate
+from retrievers.bm25 import BM25
 from retrievers.dense import Dense
 from retrievers.joined import Joined
 from retrievers.retriever import Hits, Retriever
@@ -122,7 +124,9 @@ class Program:
     calibration: Calibration = NO_CALIBRATION
     """From the model's log-probabilities of the labels to the answer's law."""
     voters: Retriever | None = None
-    """A dense index of the pool, where votes are counted and `retriever` is another one."""
+    """A dense index of the pool, where nearness counts (votes, reranking) and `retriever` is another one."""
+    reranker: Reranker | None = None
+    """Puts the retriever's candidates into another order; `dense` is there then."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -227,6 +231,11 @@ class Program:
             notes.append(f"{chosen.itself} row of the pool was left out because it is the query itself")
         if chosen.too_long:
             notes.append(f"{chosen.too_long} candidates were skipped because they did not fit the budget any more")
+        if self.reranker is not None:
+            notes.append(
+                f"the best {self.reranker.candidates} by {self.settings.retriever} were put into another order, by how "
+                "much such shots helped the model on held-out rows"
+            )
         if self.calibration.method != "none":
             notes.append(f"probabilities are calibrated: {self.calibration.describe()}")
         if len(shots) < self.settings.shots:
@@ -235,9 +244,36 @@ class Program:
         return Explanation(text, decoded, len(prompt.tokens), self.settings.budget, shots, notes)
 
     @property
-    def dense(self) -> Retriever | None:
+    def dense(self) -> Dense | Joined | None:
         """What finds the rows that are near in meaning, if the program has such an index."""
-        return self.retriever if isinstance(self.retriever, Dense | Joined) else self.voters
+        indices = (index for index in (self.retriever, self.voters) if isinstance(index, Dense | Joined))
+        return next(indices, None)
+
+    def found(self, texts: Sequence[str], k: int) -> Hits:
+        """What the retriever finds for each text, before anything else is done with it."""
+        return self.retriever.search([""] if self.settings.retriever in SAME_FOR_ALL else texts, k)
+
+    def seen(
+        self, texts: Sequence[str], hits: Hits
+    ) -> tuple[Float[np.ndarray, "texts candidates seen"], Bool[np.ndarray, "texts candidates"]]:
+        """What a reranker sees of the candidates of each text, and which of them are the text itself.
+
+        Raises:
+            ValueError: if the program has no dense index.
+        """
+        if self.dense is None:
+            raise ValueError("a reranker sees cosines, and the program has no dense index")
+        ids, scores = (np.broadcast_to(part, (len(texts), part.shape[1])) for part in hits)
+        itself = self._same(ids, texts)
+        told = features(
+            scores=scores,
+            cosines=self.dense.cosines(texts, ids),
+            word_scores=self._words.scores_of(texts, ids),
+            labels=self._label_of_row[ids] if self.labels else None,
+            tokens=self._shot_tokens[ids],
+            barred=itself,
+        )
+        return told, itself
 
     def _search(self, texts: Sequence[str]) -> tuple[Hits, Hits]:
         """The candidates for shots as the retriever ranks them, and for votes; of one search where that gives both."""
@@ -251,8 +287,7 @@ class Program:
             near = self.dense.search(texts, voters)
         if k:
             same = self.settings.retriever in SAME_FOR_ALL
-            most = len(self.pool.data) if same and self.settings.per_label else k
-            hits = self.retriever.search([""] if same else texts, most)
+            hits = self.found(texts, len(self.pool.data) if same and self.settings.per_label else k)
         return hits, near
 
     @cached_property
@@ -260,6 +295,8 @@ class Program:
         """How many rows are found for the shots of a text."""
         rows = len(self.pool.data)
         k = candidates(self._shots_per_query, rows, per_label=self.settings.per_label)
+        if k and self.reranker is not None:
+            k = min(rows, max(k, self.reranker.candidates))
         return min(rows, k + int(self.blocks.sizes.max())) if k and self.blocks is not None else k
 
     def _voters(self, texts: Sequence[str], near: Hits) -> Voters | None:
@@ -328,6 +365,15 @@ class Program:
         most = room // int(self._shot_tokens.min())
         return max(0, min(self.settings.shots - int(self.blocks.sizes.min()), most))
 
+    @cached_property
+    def _words(self) -> BM25:
+        """The words of the pool; indexed when a reranker first wants them."""
+        if isinstance(self.retriever, BM25):
+            return self.retriever
+        index = BM25()
+        index.fit(self.pool.data.texts)
+        return index
+
     def _ranked(
         self, texts: Sequence[str], hits: Hits
     ) -> tuple[
@@ -338,6 +384,12 @@ class Program:
         """Candidates for each text in the order in which they are tried, their scores, and the retriever's ranks."""
         ids, scores = hits
         ranks = np.broadcast_to(np.arange(1, ids.shape[1] + 1), ids.shape)
+        if self.reranker is not None and ids.shape[1]:
+            seen, itself = self.seen(texts, hits)
+            order = self.reranker.order(np.broadcast_to(ids, itself.shape), seen, itself)
+            ids, scores, ranks = (
+                np.take_along_axis(np.broadcast_to(each, order.shape), order, axis=1) for each in (ids, scores, ranks)
+            )
         if per_label := self.settings.per_label:
             order = in_rounds(self._label_of_row[ids], per_label)[:, : self._candidates]
             ids, scores, ranks = (np.take_along_axis(each, order, axis=1) for each in (ids, scores, ranks))
@@ -360,9 +412,13 @@ class Program:
     def _is_itself(
         self, rows: Int64[np.ndarray, "texts candidates"], texts: Sequence[str]
     ) -> Bool[np.ndarray, "texts candidates"]:
-        """Which of these rows are the text they are for."""
-        if not self.without_itself:
-            return np.zeros(rows.shape, dtype=bool)
+        """Which of these rows are the text they are for, and must not be shown."""
+        return self._same(rows, texts) if self.without_itself else np.zeros(rows.shape, dtype=bool)
+
+    def _same(
+        self, rows: Int64[np.ndarray, "texts candidates"], texts: Sequence[str]
+    ) -> Bool[np.ndarray, "texts candidates"]:
+        """Which of these rows have the text they are for."""
         hashes, known = self._hashes
         distinct = np.unique(rows)
         for row in distinct[~known[distinct]].tolist():

@@ -106,6 +106,24 @@ class Template:
         except UnicodeDecodeError as error:
             raise TemplateError(f"{name}: not UTF-8 ({error}); save the template as UTF-8") from error
 
+    def with_instruction(self, name: str, text: str) -> "Template":
+        """The template with another instruction.
+
+        Args:
+            name: by which the instruction goes.
+            text: of the instruction, in Jinja; it may use `labels`. Blanks around it are cut.
+
+        Raises:
+            TemplateError: if `text` does not render.
+
+        >>> template = Template.from_name("classify").with_instruction("short", "One of {{ labels | join(' or ') }}.")
+        >>> template.name, template.instruction(["yes", "no"])
+        ('classify, instruction short', 'One of yes or no.\\n')
+        """
+        end = "" if self.chat else '{{ "\\n" }}'  # the tokens of an instruction must not merge with the first query's
+        macro = f"{{% macro instruction(labels) -%}}\n{text.strip()}{end}{{% endmacro %}}"
+        return Template(f"{self.name}, instruction {name}", f"{self.source}\n{macro}\n")._checked()
+
     @property
     def chat(self) -> bool:
         """Whether prompts are conversations."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 
 from retrievers.retriever import Hits, Resources
 
@@ -25,7 +25,7 @@ class BM25:
 
     score_meaning: ClassVar[str] = "BM25 score"
 
-    def __init__(self, resources: Resources) -> None:
+    def __init__(self, resources: Resources | None = None) -> None:
         self._index: Any = None
         self._rows = 0
 
@@ -57,6 +57,14 @@ class BM25:
             ids[query] = enough[np.argsort(-score[enough], kind="stable")[:k]]
             scores[query] = score[ids[query]]
         return Hits(ids, scores)
+
+    def scores_of(self, texts: Sequence[str], ids: Int64[np.ndarray, "queries k"]) -> Float32[np.ndarray, "queries k"]:
+        """The score of each of `texts` with these rows of its own."""
+        found = np.zeros(ids.shape, dtype=np.float32)
+        for query, words in enumerate(_words(texts)):
+            if words and self._rows:
+                found[query] = self._index.get_scores(words)[ids[query]]
+        return found
 
     def words_held(
         self, text: str, rows: Int64[np.ndarray, " rows"]

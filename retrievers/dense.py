@@ -44,6 +44,14 @@ class Dense:
         """The vectors of these rows, each of length 1."""
         return vectors_of(self._index, ids)
 
+    def cosines(self, texts: Sequence[str], ids: Int64[np.ndarray, "queries k"]) -> Float32[np.ndarray, "queries k"]:
+        """The cosine of each of `texts` with these rows of its own."""
+        queries = unit(self._resources.encoder.encode(texts))
+        found = np.empty(ids.shape, dtype=np.float32)
+        for query, rows in enumerate(ids):
+            found[query] = self.vectors(rows[None, :])[0] @ queries[query]
+        return found
+
     def save(self, folder: Path) -> None:
         """Write the index, or the vectors where it is exact and is built again in no time."""
         save_index(self._index, folder)

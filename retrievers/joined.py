@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float32, Int64
 
+from retrievers.dense import Dense
 from retrievers.retriever import Hits, Retriever
 
 
@@ -34,6 +36,14 @@ class Joined:
         scores = np.concatenate([first.scores, more.scores], axis=1)
         order = np.lexsort((ids, -scores), axis=1)[:, :k]
         return Hits(np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1))
+
+    def cosines(self, texts: Sequence[str], ids: Int64[np.ndarray, "queries k"]) -> Float32[np.ndarray, "queries k"]:
+        """As `Dense.cosines`, of rows of both."""
+        found = np.zeros(ids.shape, dtype=np.float32)
+        for index, less, mine in ((self._first, 0, ids < self._rows), (self._more, self._rows, ids >= self._rows)):
+            if mine.any() and isinstance(index, Dense | Joined):
+                found[mine] = index.cosines(texts, np.where(mine, ids - less, 0))[mine]
+        return found
 
     def fit(self, texts: Sequence[str]) -> None:
         """Not for this: both indices are there already."""

@@ -327,6 +327,14 @@ def test_a_newer_format_is_refused(saved):
         load_program(saved)
 
 
+def test_a_program_of_the_format_before_loads_and_is_as_it_was(saved):
+    before = prompts(load_program(saved))
+    forge(saved, format=2, reranker=None)
+    loaded = load_program(saved)
+    assert prompts(loaded) == before
+    assert loaded.reranker is None
+
+
 def test_another_kind_is_refused(saved):
     forge(saved, kind="reference")
     with pytest.raises(ArtifactError, match="program is a reference, not a program"):

@@ -682,6 +682,14 @@ def test_o2_searches_and_tells_what_it_tried(here: Path, monkeypatch: pytest.Mon
     assert "mixture" in [row.get("calibration") for row in trace]
 
 
+def test_o3_tries_instructions_too_and_names_what_it_tried(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
+    said = searched("-O3", "--retriever", "bm25", "--shots", 2, "--search-queries", 400)
+    assert said.startswith("-O3: log-loss on ")
+    assert "race of instruction" in said
+    assert "no reranker was learned: 4 queries are too few" in done("explain", "p")
+
+
 def test_o0_takes_random_shots_and_o1_the_nearest(here: Path) -> None:
     searched("-O0")
     assert load_program(here / "p").settings.retriever == "uniform"

@@ -156,7 +156,7 @@ def test_settings_are_refused_in_fit():
         {"retriever": "bm52"},
         {"budget": 5},
         {"examples": 99},
-        {"level": 3},
+        {"level": 4},
     ):
         with pytest.raises((ICLError, ValueError, TypeError)):
             fitted(**settings)

@@ -1,6 +1,6 @@
 """A program as a scikit-learn classifier: `fit` compiles, `predict_proba` asks the frozen model.
 
-- `fit` runs the model only for `level=2`, which searches, and for a `calibration`.
+- `fit` runs the model only for levels 2 and 3, which search, and for a `calibration`.
 - Columns of `predict_proba` are `classes_`, and rows sum to 1. A calibrated program's law is taken as it is; where mass
   is left for "other" (answers that are no label), the law is that of the answer given that it is a label: each row
   divided by its sum. So "other" is never predicted; `predict_law` says how much of it there was.
@@ -39,7 +39,7 @@ from icl_compiler.calibration.calibrating import calibrate
 from icl_compiler.compile import compile_program
 from icl_compiler.data import Dataset
 from icl_compiler.errors import InputError, TemplateError
-from icl_compiler.optimise.levels import DEFAULT_RETRIEVERS, QUERIES, Optimised, optimise
+from icl_compiler.optimise.levels import DEFAULT_RETRIEVERS, Optimised, optimise
 from icl_compiler.optimise.variants import Variant
 from icl_compiler.predictor import Predictions, PromptedPredictor, open_backend
 from icl_compiler.program import Program
@@ -55,11 +55,12 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
 
     Args:
         model, encoder, template, retriever, shots, budget, examples, order, per_label: as of
-            `icl_compiler.compile.compile_program`. `None` is its default or, at level 2, to be searched.
-        level: 0 for random shots, 1 for the nearest ones, 2 for a search on held-out training texts: `icl compile -O`.
-        search_queries: most prompts that level 2 asks the model.
+            `icl_compiler.compile.compile_program`. `None` is its default or, from level 2 on, to be searched.
+        level: 0 for random shots, 1 for the nearest ones, 2 and 3 for a search on held-out training texts: `icl compile
+            -O`.
+        search_queries: most prompts that levels 2 and 3 ask the model; by default 1,500 and 3,000.
         calibration: a name of the table of calibrations, or "best" for the one of lowest held-out risk; by default the
-            best at level 2, and none below.
+            best from level 2 on, and none below.
         label_words: the word in the prompt for each class, `{0: "negative", 1: "positive"}`; by default `str(class)`.
         random_state: the seed; an integer gives the program that `icl compile --seed` gives. `None` draws one.
         backend, dtype, server: as of `icl_compiler.predictor.open_backend`.
@@ -68,7 +69,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         classes_: the classes, sorted.
         label_words_: the label word of each class.
         program_: the compiled program; `icl_compiler.artifact.save_program` keeps it.
-        trace_: what level 2 tried, empty below.
+        trace_: what levels 2 and 3 tried, empty below.
 
     >>> texts = ["my card is gone", "the card was stolen", "where is my parcel", "the parcel is late"]
     >>> classifier = PromptClassifier(model="echo", retriever="bm25", shots=1).fit(texts, [0, 0, 1, 1])
@@ -97,7 +98,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         order: Any = None,
         per_label: Any = None,
         level: Any = 1,
-        search_queries: Any = QUERIES,
+        search_queries: Any = None,
         calibration: Any = None,
         label_words: Any = None,
         random_state: Any = 0,
@@ -208,7 +209,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         return self
 
     def _compiled(self, data: Dataset) -> Optimised:
-        level = check_scalar(self.level, "level", Integral, min_val=0, max_val=2)
+        level = check_scalar(self.level, "level", Integral, min_val=0, max_val=3)
         if self.calibration not in (None, "best", *CALIBRATIONS):
             known = did_you_mean(str(self.calibration), ("best", *CALIBRATIONS))
             raise InputError(f"unknown calibration {self.calibration!r}. {known}")
@@ -238,8 +239,9 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
             return optimise(
                 program,
                 self._backend(program),
-                fixed=frozenset(name for name in Variant._fields if getattr(self, name) is not None),
-                queries=int(check_scalar(self.search_queries, "search_queries", Integral, min_val=1)),
+                fixed=frozenset(name for name in Variant._fields if getattr(self, name, None) is not None),
+                level=level,
+                queries=_count("search_queries", self.search_queries),
                 calibrations=wanted,
             )
 

@@ -19,7 +19,7 @@ from icl_compiler.backends.backend import Backend, Progress
 from icl_compiler.calibration.calibrating import WITH_VOTERS, require_same_labels, with_voters
 from icl_compiler.calibration.choosing import LEAST_QUERIES, cross_validated
 from icl_compiler.calibration.held_out import HeldOut
-from icl_compiler.calibration.law import Evidence
+from icl_compiler.calibration.law import Evidence, softmax
 from icl_compiler.calibration.votes import Voters
 from icl_compiler.optimise.racing import OutOfTime
 from icl_compiler.optimise.score_log import Answer, ScoreLog
@@ -53,6 +53,15 @@ class Judge(Protocol):
 
     def losses(self, variant: Variant, program: Program, queries: int) -> Float[np.ndarray, " queries"]:
         """The loss of each of the first `queries` queries.
+
+        Raises:
+            OutOfTime: if the time is up before all of them were asked.
+        """
+
+    def likelihoods(
+        self, program: Program, prompts: Sequence[TokenIds], rows: Int64[np.ndarray, " prompts"]
+    ) -> Float[np.ndarray, " prompts"]:
+        """The log-probability of the right answer of these rows of the pool, in nats, behind these prompts.
 
         Raises:
             OutOfTime: if the time is up before all of them were asked.
@@ -144,8 +153,7 @@ class LabelJudge:
             OutOfTime: if the time is up before all of them were asked.
         """
         answers = self._answered(variant, program, queries)
-        logprobs = np.array([answer[0] for answer in answers])
-        upper = np.array([answer[1] for answer in answers]) if len(answers[0]) > 1 else None
+        logprobs, upper = _bounds(answers)
         self._complete(queries)
         voters = Voters.joined(self._voters).take(np.arange(queries)) if self._voters else None
         reference = np.concatenate(self._targets)[:queries] if self._targets else None
@@ -166,20 +174,34 @@ class LabelJudge:
             order = [said.labels.index(label) for label in self._labels]
             self._targets.append(said.probabilities[:, order])
 
-    def _answered(self, variant: Variant, program: Program, queries: int) -> list[Answer]:
+    def likelihoods(
+        self, program: Program, prompts: Sequence[TokenIds], rows: Int64[np.ndarray, " prompts"]
+    ) -> Float[np.ndarray, " prompts"]:
+        """See `Judge`; among the labels, as every calibration takes it."""
+        logprobs, upper = _bounds(self._ask(program, prompts))
+        right = [program.labels.index(program.pool.data.answers[row]) for row in rows.tolist()]
+        likelihoods: Float[np.ndarray, " prompts"] = np.log(softmax(Evidence(logprobs, upper).middle))[
+            range(len(right)), right
+        ]
+        return likelihoods
+
+    def _ask(self, program: Program, prompts: Sequence[TokenIds]) -> list[Answer]:
         words = program.label_words
 
-        def ask(prompts: list[TokenIds]) -> list[Answer]:
-            scores = self._asker.backend.label_logprobs(prompts, words)
+        def ask(new: list[TokenIds]) -> list[Answer]:
+            scores = self._asker.backend.label_logprobs(new, words)
             if scores.upper is None:
                 return [[row] for row in scores.logprobs.tolist()]
             return [list(bounds) for bounds in zip(scores.logprobs.tolist(), scores.upper.tolist(), strict=True)]
 
+        return self._asker.ask(f"labels {words}", prompts, ask)
+
+    def _answered(self, variant: Variant, program: Program, queries: int) -> list[Answer]:
         known = self._answers.setdefault(variant, [])
         while len(known) < queries:
             texts = self._texts[len(known) : min(queries, len(known) + CHUNK)]
             prompts = [prompt.tokens for prompt in program.prompts(texts)]
-            known += self._asker.ask(f"labels {words}", prompts, ask)
+            known += self._ask(program, prompts)
         return known[:queries]
 
 
@@ -209,6 +231,14 @@ class TargetJudge:
             known += [answer[0][0] for answer in self._score(program, pairs)]
         return np.array(known[:queries])
 
+    def likelihoods(
+        self, program: Program, prompts: Sequence[TokenIds], rows: Int64[np.ndarray, " prompts"]
+    ) -> Float[np.ndarray, " prompts"]:
+        """See `Judge`; per token of the target."""
+        words = program.template.answers([program.pool.data.answers[row] for row in rows.tolist()])
+        pairs = [[*prompt, _THEN, *word] for prompt, word in zip(prompts, words, strict=True)]
+        return -np.array([answer[0][0] for answer in self._likelihoods(program, pairs)])
+
     def _likelihoods(self, program: Program, pairs: list[list[int]]) -> list[Answer]:
         def ask(new: list[TokenIds]) -> list[Answer]:
             prompts, words = _parted(new)
@@ -231,6 +261,14 @@ class TargetJudge:
             ]
 
         return self._asker.ask(f"greedy, to {end}", pairs, ask)
+
+
+def _bounds(
+    answers: Sequence[Answer],
+) -> tuple[Float[np.ndarray, "queries labels"], Float[np.ndarray, "queries labels"] | None]:
+    """Log-probabilities and, of an engine that gives bounds, upper ones."""
+    upper = np.array([answer[1] for answer in answers]) if len(answers[0]) > 1 else None
+    return np.array([answer[0] for answer in answers]), upper
 
 
 def _parted(pairs: Sequence[TokenIds]) -> tuple[list[list[int]], list[list[int]]]:

@@ -3,18 +3,19 @@
     -O0   random shots, the same for every text
     -O1   the nearest shots by meaning; no model runs
     -O2   retriever, number, order and balance of shots and template are searched on held-out rows of the pool
+    -O3   -O2, and then instructions and a learned reranker: see `level_three`
 
 - What the user names is not searched: `--retriever bm25 -O2` looks for the best program with bm25.
 - -O2 starts from -O1, and compares with it once more at the end.
-- At -O2 a program of labels is calibrated with what the search has asked already; the mixture of model and votes is
-  among the candidates, so that the neighbours alone are.
+- From -O2 on a program of labels is calibrated with what the search has asked already; the mixture of model and votes
+  is among the candidates, so that the neighbours alone are.
 - Held-out rows are all rows of the pool that can be a query, in one random order, each asked without itself.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -24,19 +25,20 @@ from icl_compiler.calibration.choosing import LEAST_QUERIES, fit_and_choose
 from icl_compiler.compile import laid_out, with_calibration
 from icl_compiler.errors import DataError
 from icl_compiler.optimise.judges import Asker, Judge, LabelJudge, Metric, TargetJudge
+from icl_compiler.optimise.level_three import OF_LEVEL_2, Apart, level_3, set_apart
 from icl_compiler.optimise.racing import OutOfTime
 from icl_compiler.optimise.score_log import ScoreLog
-from icl_compiler.optimise.search import Space, search
+from icl_compiler.optimise.search import Races, Space
 from icl_compiler.optimise.variants import Variant, Variants
 from icl_compiler.predictor import Predictor
 from icl_compiler.program import Program
 from icl_compiler.registry import RETRIEVERS
 from icl_compiler.selection import Order
 
-DEFAULT_RETRIEVERS = {0: "uniform", 1: "dense", 2: "dense"}
+DEFAULT_RETRIEVERS = {0: "uniform", 1: "dense", 2: "dense", 3: "dense"}
 TEMPLATES = {"classification": ("classify", "classify_chat"), "generation": ("generate",)}
-QUERIES = 1500
-"""Model calls of a search, if nothing else is said."""
+QUERIES = {2: 1500, 3: 3000}
+"""Model calls of a search, if nothing else is said, by its level."""
 LEAST_ROWS = 8
 
 
@@ -51,8 +53,9 @@ def optimise(
     base: Program,
     backend: Backend,
     *,
+    level: Literal[2, 3] = 2,
     fixed: frozenset[str] = frozenset(),
-    queries: int = QUERIES,
+    queries: int | None = None,
     time_limit_s: float = float("inf"),
     calibrations: Sequence[str] | None = None,
     reference: Predictor | None = None,
@@ -60,11 +63,12 @@ def optimise(
     log: Path | None = None,
     progress: Progress | None = None,
 ) -> Optimised:
-    """The best program that -O2 finds around `base`.
+    """The best program that a search finds around `base`.
 
     Args:
+        level: -O2 or -O3.
         fixed: names of settings that stay as they are in `base`, of those in `Variant`.
-        queries: most model calls, one for each prompt that is scored.
+        queries: most model calls, one for each prompt that is scored; by default those of `QUERIES`.
         time_limit_s: after which the best so far is taken. What it is then depends on the machine.
         calibrations: of which the best is taken, and with which variants are judged if it is one; by default all that
             need no further prompts.
@@ -77,6 +81,7 @@ def optimise(
         LabelError: if the reference has other labels.
         CalibrationError: if none of the calibrations can be fitted to what was asked.
     """
+    queries = QUERIES[level] if queries is None else queries
     started = time.monotonic()
     answers = ScoreLog(log)
     asker = Asker(backend, answers, deadline=started + time_limit_s, progress=progress)
@@ -89,25 +94,30 @@ def optimise(
             "least; give more rows, or compile with -O1"
         )
     rows = np.random.default_rng(base.settings.seed).permutation(rows)
+    rows, learned_from = set_apart(rows, queries) if level == 3 else Apart(rows, rows[:0])
     judge: Judge
     if base.labels:
         after = calibrations[0] if calibrations is not None and len(calibrations) == 1 else "mixture"
         judge = LabelJudge(asker, base, rows, calibration=after, reference=reference)
     else:
         judge = TargetJudge(asker, base, rows, metric)
-    found = search(variants, judge, space, budget=queries)
-    program, trace = laid_out(variants.program(found.variant)), found.trace
+    races = Races(variants, judge, int(OF_LEVEL_2 * queries) if level == 3 else queries)
+    found = races.level_2(space)
+    if level == 3:
+        races.left += queries - int(OF_LEVEL_2 * queries)
+        found = level_3(races, found, asker, learned_from, fixed=fixed)
+    program, trace = laid_out(variants.program(found)), races.trace
     if isinstance(judge, LabelJudge):
         left = queries - answers.asked
-        program, told = _calibrated(program, judge, found.variant, calibrations, left)
+        program, told = _calibrated(program, judge, found, calibrations, left)
         trace = [*trace, *told]
     how = {
-        "level": 2,
+        "level": level,
         "risk": judge.risk,
         "rows": len(rows),
         "search_queries": queries,
         "prompts_asked": answers.asked,
-        "time_was_up": any("time was up" in row["why"] for row in trace),
+        "time_was_up": any("time was up" in row.get("why", row.get("note", "")) for row in trace),
         "model": backend.model,
         "device": backend.device,
         "seed": base.settings.seed,

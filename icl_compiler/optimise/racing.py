@@ -117,7 +117,7 @@ def race(
             exits |= {c: (number, "worse when the time was up") for c in left if c != best}
             left = [best]
             break
-        worse = {c for c in left if c != best and _is_worse(known[c] - known[best], level)}
+        worse = {c for c in left if c != best and is_worse(known[c] - known[best], level)}
         exits |= dict.fromkeys(worse, (number, f"worse than {best} by a paired test"))
         size = 1 if n == queries or number >= rounds else (len(left) + 1) // 2
         kept = sorted(set(left) - worse, key=lambda c: (means[c], c))[:size]
@@ -150,7 +150,12 @@ def _means(left: Sequence[int], known: dict[int, Float[np.ndarray, " queries"]])
     return {c: round(float(known[c][:n].mean()), 4) for c in left}
 
 
-def _is_worse(differences: Float[np.ndarray, " queries"], level: float) -> bool:
+def is_worse(differences: Float[np.ndarray, " queries"], level: float) -> bool:
+    """Whether the mean of paired differences of losses is above 0, by Student's test, one-sided, at `level`.
+
+    >>> is_worse(np.array([0.5, 0.25, 0.5, 0.25]), 0.05), is_worse(np.array([0.5, -0.5, 0.5, -0.25]), 0.05)
+    (True, False)
+    """
     n, mean, spread = len(differences), float(differences.mean()), float(differences.std(ddof=1))
     if spread == 0 or mean <= 0:
         return False

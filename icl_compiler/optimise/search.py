@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 
 from icl_compiler.errors import ICLError
 from icl_compiler.optimise.judges import Judge
-from icl_compiler.optimise.racing import Race, race
+from icl_compiler.optimise.racing import LEAST, Race, is_worse, race
 from icl_compiler.optimise.variants import Variant, Variants
 from icl_compiler.selection import Order
 
 SHARES = {"retriever": 0.35, "shots": 0.5, "order, labels and template": 0.6, "final": 1.0}
 """The races, and which part of the queries that are left each may use."""
+LEVEL = 0.05
+"""Of the paired test that a challenger has to pass."""
 
 
 class Space(NamedTuple):
@@ -42,19 +44,28 @@ class Found(NamedTuple):
 
 def search(variants: Variants, judge: Judge, space: Space, *, budget: int) -> Found:
     """The best of the variants in `space`, the base among them, for at most `budget` model calls."""
-    return _Search(variants, judge, budget).run(space)
+    races = Races(variants, judge, budget)
+    return Found(races.level_2(space), races.trace)
 
 
-class _Search:
+class Races:
+    """Races of variants, all for one budget.
+
+    Attributes:
+        left: model calls that may still be paid for.
+        trace: a row for each variant in each race, and what else was done.
+    """
+
     def __init__(self, variants: Variants, judge: Judge, budget: int) -> None:
-        self._variants = variants
-        self._judge = judge
-        self._left = budget
+        self.variants = variants
+        self.judge = judge
+        self.left = budget
+        self.trace: list[dict[str, Any]] = []
         self._paid: dict[Variant, int] = {}
-        self._trace: list[dict[str, Any]] = []
 
-    def run(self, space: Space) -> Found:
-        base = self._variants.own
+    def level_2(self, space: Space) -> Variant:
+        """The races of the module's first lines."""
+        base = self.variants.own
         best = self._race("retriever", [base, *(base.found_by(name) for name in space.retrievers)])
         near = sorted(space.shots, key=lambda shots: (abs(shots - base.shots), shots))
         best = self._race("shots", [v._replace(shots=shots) for v in best[:2] for shots in [v.shots, *near]])
@@ -63,30 +74,49 @@ class _Search:
         balanced = [now._replace(per_label=count) for count in space.per_label]
         templates = [now._replace(template=template) for template in space.templates]
         best = self._race("order, labels and template", [now, *orders, *balanced, *templates])
-        [winner, *_] = self._race("final", [base, best[0]])
-        return Found(winner, self._trace)
+        return self._race("final", [base, best[0]])[0]
+
+    def challenge(self, name: str, holder: Variant, challenger: Variant) -> Variant:
+        """The challenger, if it is better by a paired test on all queries that can be paid for, else the holder."""
+        [winner, *others] = self.race(name, [holder, challenger], share=1.0)
+        if winner == holder or not others:
+            return holder
+        asked = min(self._paid[variant] for variant in (holder, challenger))
+        losses = [self.judge.losses(v, self.variants.program(v), asked) for v in (holder, challenger)]
+        if asked >= LEAST and is_worse(losses[0] - losses[1], LEVEL):
+            return challenger
+        self.trace.append({"note": f"{challenger} is not better by a paired test: {holder} stays"})
+        return holder
 
     def _race(self, name: str, entered: Sequence[Variant]) -> list[Variant]:
-        """Those that could run, the winner first, then those that left last."""
+        return self.race(name, entered, share=SHARES[name])
+
+    def race(self, name: str, entered: Sequence[Variant], *, share: float) -> list[Variant]:
+        """Those that could run, the winner first, then those that left last.
+
+        Args:
+            entered: the likeliest winner first.
+            share: of what is left of the budget, in (0, 1].
+        """
         runners = []
         for variant in dict.fromkeys(variant.distinct() for variant in entered):
             try:
-                self._variants.program(variant)
+                self.variants.require_askable(variant, self.judge.rows)
                 runners.append(variant)
             except ICLError as error:
                 self._tell(name, variant, queries=0, why=f"not tried: {error}")
         if len(runners) == 1:
             return runners
-        budget = int(self._left * SHARES[name])
+        budget = int(self.left * share)
         paid = [self._paid.get(variant, 0) for variant in runners]
         found = race(
-            lambda i, n: self._judge.losses(runners[i], self._variants.program(runners[i]), n),
+            lambda i, n: self.judge.losses(runners[i], self.variants.program(runners[i]), n),
             len(runners),
-            queries=len(self._judge.rows),
+            queries=len(self.judge.rows),
             budget=budget,
             seen=paid,
         )
-        self._left -= found.calls
+        self.left -= found.calls
         for standing in found.standings:
             self._paid[runners[standing.candidate]] = max(standing.queries, paid[standing.candidate])
         self._record(name, runners, found)
@@ -102,7 +132,7 @@ class _Search:
             self._tell(name, variant, candidate=number, **told, round=out, why=why)
 
     def _tell(self, race_name: str, variant: Variant, **facts: Any) -> None:
-        self._trace.append({"race": race_name, **variant._asdict(), **facts})
+        self.trace.append({"race": race_name, **variant._asdict(), **facts})
 
 
 def _lasted(out: int | None) -> float:

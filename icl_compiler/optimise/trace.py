@@ -32,6 +32,8 @@ def table(trace: Sequence[Mapping[str, Any]]) -> str:
         for row in (row for row in raced if row["race"] == race):
             left = f"round {row['round']}: {row['why']}" if row.get("round") else row["why"]
             lines.append(f"{names[id(row)]:<{width}} {row['queries']:>7}{_measured(row)}  {left}")
+    if notes := [row["note"] for row in rows if "note" in row]:
+        lines += ["", *notes]
     if tried := [row for row in rows if "calibration" in row]:
         lines += ["", f"{'calibration':<{width}} queries   risk  [95 %]"]
         lines += [f"{row['calibration']:<{width}} {row['queries']:>7}{_measured(row)}  {row['why']}" for row in tried]
@@ -46,4 +48,4 @@ def _measured(row: Mapping[str, Any]) -> str:
 
 
 def _variant(row: Mapping[str, Any]) -> str:
-    return str(Variant(*(row[name] for name in Variant._fields)))
+    return str(Variant(**{name: row[name] for name in Variant._fields if name in row}))

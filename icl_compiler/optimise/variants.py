@@ -7,8 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from icl_compiler.compile import laid_out, new_retriever
+from icl_compiler.compile import laid_out, new_retriever, with_reranker
+from icl_compiler.errors import BudgetError
 from icl_compiler.program import SAME_FOR_ALL, Pool, Program, encode_pool
+from icl_compiler.reranker import Reranker
 from icl_compiler.selection import Order
 from icl_compiler.templates import EncodedTemplate, Template
 from retrievers.retriever import Retriever
@@ -26,12 +28,17 @@ class Variant(NamedTuple):
     order: Order
     per_label: int
     template: str
+    instruction: str = ""
+    """Name of one that stands in place of the template's own."""
+    rerank: bool = False
 
     def __str__(self) -> str:
+        written = f"{self.template}{', instruction ' * bool(self.instruction)}{self.instruction}"
         if not self.shots:
-            return f"no shots, {self.template}"
+            return f"no shots, {written}"
         labels = f", {self.per_label} per label" if self.per_label else ""
-        return f"{self.retriever}, {self.shots} shot{'s' * (self.shots != 1)}, {self.order}{labels}, {self.template}"
+        found = f"{self.retriever}{' reranked' * self.rerank}"
+        return f"{found}, {self.shots} shot{'s' * (self.shots != 1)}, {self.order}{labels}, {written}"
 
     def found_by(self, retriever: str) -> "Variant":
         """The same with another retriever, and the order that goes with it."""
@@ -39,17 +46,24 @@ class Variant(NamedTuple):
 
     def distinct(self) -> "Variant":
         """One for all that write the same prompts: without shots nothing depends on how they would be found."""
-        return self if self.shots else self.found_by("uniform")._replace(per_label=0)
+        return self if self.shots else self.found_by("uniform")._replace(per_label=0, rerank=False)
 
 
 class Variants:
-    """The variants of `base`: all have its model, pool, budget, layout and seed."""
+    """The variants of `base`: all have its model, pool, budget, layout and seed.
+
+    Attributes:
+        instructions: Jinja texts by their names.
+        reranker: of the variants that have one; learned for one retriever.
+    """
 
     def __init__(self, base: Program) -> None:
         self.base = base
+        self.instructions: dict[str, str] = {}
+        self.reranker: Reranker | None = None
         self._indexes: dict[str, Retriever] = {base.settings.retriever: base.retriever}
         self._programs: dict[Variant, Program] = {}
-        self._templates = {base.template.template.name: (base.template, base.pool)}
+        self._templates = {(base.template.template.name, ""): (base.template, base.pool)}
 
     @property
     def own(self) -> Variant:
@@ -65,13 +79,17 @@ class Variants:
             LabelError: if one of its label words is a prefix of another.
         """
         if variant not in self._programs:
-            encoded, pool = self._template(variant.template)
-            index = self._index(variant.retriever)
-            searched = {key: value for key, value in variant._asdict().items() if key != "template"}
-            settings = replace(self.base.settings, **searched)
+            encoded, pool = self._template(variant.template, variant.instruction)
+            settings = replace(
+                self.base.settings, retriever=variant.retriever, shots=variant.shots, order=variant.order,
+                per_label=variant.per_label,
+            )  # fmt: skip
             program = replace(
-                self.base, settings=settings, template=encoded, pool=pool, retriever=index, blocks=None, expected=None
-            )
+                self.base, settings=settings, template=encoded, pool=pool, retriever=self._index(variant.retriever),
+                blocks=None, expected=None,
+            )  # fmt: skip
+            if variant.rerank and self.reranker is not None:
+                program = with_reranker(program, self.reranker)
             self._programs[variant] = program if settings.layout == "per-query" else laid_out(program)
         return self._programs[variant]
 
@@ -82,22 +100,37 @@ class Variants:
         room = self.base.settings.budget - len(self.base.template.head) - middle
         return min(max(1, room // middle), len(sizes))
 
+    def require_askable(self, variant: Variant, rows: Int64[np.ndarray, " queries"]) -> None:
+        """Nothing, if each of these rows of the pool fits the budget as a query.
+
+        Raises:
+            BudgetError: if one does not.
+        """
+        program = self.program(variant)
+        answer = max((len(word) for word in program.label_words), default=0)
+        longest = int(np.diff(program.pool.offsets)[rows].max()) + len(program.template.head) + answer
+        budget = self.base.settings.budget
+        if longest > budget:
+            raise BudgetError(f"a prompt without shots has up to {longest} tokens, and the budget is {budget}")
+
     def askable(self, templates: Sequence[str]) -> Int64[np.ndarray, " rows"]:
         """Rows of the pool that are no longer, in any of these templates, than what the budget holds without shots."""
         fits = np.ones(len(self.base.pool.data), dtype=bool)
         for name in templates:
-            encoded, pool = self._template(name)
+            encoded, pool = self._template(name, "")
             answer = max((len(word) for word in encoded.label_words()), default=0)
             fits &= np.diff(pool.offsets) + len(encoded.head) + answer <= self.base.settings.budget
         return np.flatnonzero(fits).astype(np.int64)
 
-    def _template(self, name: str) -> tuple[EncodedTemplate, Pool]:
-        if name not in self._templates:
+    def _template(self, name: str, instruction: str) -> tuple[EncodedTemplate, Pool]:
+        if (name, instruction) not in self._templates:
             base = self.base.template
-            encoded = EncodedTemplate.build(Template.from_name(name), base.tokenizer, base.labels)
+            own = base.template if name == base.template.name else Template.from_name(name)
+            text = own.with_instruction(instruction, self.instructions[instruction]) if instruction else own
+            encoded = EncodedTemplate.build(text, base.tokenizer, base.labels)
             encoded.label_words()
-            self._templates[name] = (encoded, encode_pool(encoded, self.base.pool.data))
-        return self._templates[name]
+            self._templates[name, instruction] = (encoded, encode_pool(encoded, self.base.pool.data))
+        return self._templates[name, instruction]
 
     def _index(self, name: str) -> Retriever:
         if name not in self._indexes:
