@@ -80,7 +80,7 @@ class SweepSpec:
     sizes: tuple[Size, ...] = (16, 64, 256, "all")
     budgets: tuple[int, ...] = (1024,)
     levels: tuple[str, ...] = ("O1",)
-    search_queries: int = SEARCH_QUERIES
+    search_queries: int = SEARCH_QUERIES[2]
     retrievers: tuple[str, ...] = ()
     shots: tuple[Shots, ...] = ("fit",)
     calibrations: tuple[str, ...] = ()

@@ -232,11 +232,11 @@ def compile_command(
     from icl_compiler.calibration.calibrating import WITH_OWN_PROMPTS
     from icl_compiler.compile import compile_program
     from icl_compiler.data import load_dataset
-    from icl_compiler.optimise.levels import DEFAULT_RETRIEVERS, QUERIES, optimise
+    from icl_compiler.optimise.levels import DEFAULT_RETRIEVERS, QUERIES, SEARCHES
     from icl_compiler.optimise.trace import table
     from icl_compiler.predictor import open_backend
 
-    searches = level in ("2", "3")
+    searches = int(level) in SEARCHES
     calibration = calibration or ("auto" if searches else "none")
     if not searches and time_limit:
         raise click.UsageError(f"-O{level} does not search; --time-limit is for -O2 and -O3")
@@ -295,10 +295,9 @@ def compile_command(
         try:
             most = QUERIES[int(level)] if search_queries is None else search_queries
             with progress_bar("searching", most, "prompt") as advance:
-                program, trace = optimise(
+                program, trace = SEARCHES[int(level)](
                     program,
                     engine,
-                    level=3 if level == "3" else 2,
                     fixed=frozenset(name for name, value in named.items() if value is not None),
                     queries=most,
                     time_limit_s=60 * (time_limit or math.inf),

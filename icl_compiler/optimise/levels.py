@@ -14,6 +14,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -171,5 +172,5 @@ def _space(variants: Variants, fixed: frozenset[str]) -> Space:
     )
 
 
-SEARCHES: Mapping[int, Callable[..., Optimised]] = {2: optimise}
+SEARCHES: Mapping[int, Callable[..., Optimised]] = {2: optimise, 3: partial(optimise, level=3)}
 """What each level searches with, called as `optimise`; the levels that are not here run no model."""

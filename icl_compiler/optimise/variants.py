@@ -60,7 +60,7 @@ class Variants:
     def __init__(self, base: Program) -> None:
         self.base = base
         self.instructions: dict[str, str] = {}
-        self.reranker: Reranker | None = None
+        self.reranker = base.reranker
         self._indexes: dict[str, Retriever] = {base.settings.retriever: base.retriever}
         self._programs: dict[Variant, Program] = {}
         self._templates = {(base.template.template.name, ""): (base.template, base.pool)}
@@ -68,8 +68,10 @@ class Variants:
     @property
     def own(self) -> Variant:
         """That of the base."""
-        settings, template = self.base.settings, self.base.template.template.name
-        return Variant(settings.retriever, settings.shots, settings.order, settings.per_label, template).distinct()
+        settings, template, rerank = self.base.settings, self.base.template.template.name, self.reranker is not None
+        return Variant(
+            settings.retriever, settings.shots, settings.order, settings.per_label, template, rerank=rerank
+        ).distinct()
 
     def program(self, variant: Variant) -> Program:
         """The program.
@@ -86,7 +88,7 @@ class Variants:
             )  # fmt: skip
             program = replace(
                 self.base, settings=settings, template=encoded, pool=pool, retriever=self._index(variant.retriever),
-                blocks=None, expected=None,
+                blocks=None, expected=None, reranker=None,
             )  # fmt: skip
             if variant.rerank and self.reranker is not None:
                 program = with_reranker(program, self.reranker)
