@@ -10,7 +10,6 @@ from jaxtyping import Int64
 from icl_compiler.compile import laid_out, new_retriever, with_reranker
 from icl_compiler.errors import BudgetError
 from icl_compiler.program import SAME_FOR_ALL, Pool, Program, encode_pool
-from icl_compiler.reranker import Reranker
 from icl_compiler.selection import Order
 from icl_compiler.templates import EncodedTemplate, Template
 from retrievers.retriever import Retriever
