@@ -9,7 +9,7 @@ from scipy.stats import binom
 from test_evaluate import TEST, zero_shot_answers
 from toys import TopEcho, customers
 
-from benchmarks.coverage import LAWS, interval_rows, sequence_rows, sequences, stopping_rows
+from benchmarks.coverage import LAWS, interval_rows, least_of_any_test, sequence_rows, sequences, stopping_rows
 from evaluation.asking import BATCH, ask_until_decided, in_random_order
 from evaluation.evaluate import evaluate
 from evaluation.gap import gap
@@ -82,6 +82,15 @@ def test_simulated_coverage_and_decisions(law: str) -> None:
         assert row["queries"] <= 200
         if row["distance"] == 0.2:
             assert row["right"] >= 0.95
+
+
+@pytest.mark.parametrize(("law", "p", "epsilon"), [("bernoulli .5", 0.5, 0.55), ("bernoulli .05", 0.05, 0.15)])
+def test_the_least_of_any_test_is_walds_for_a_coin(law: str, p: float, epsilon: float) -> None:
+    divergence = p * np.log(p / epsilon) + (1 - p) * np.log((1 - p) / (1 - epsilon))
+    expected = (0.95 * np.log(19) + 0.05 * np.log(1 / 19)) / divergence
+    assert least_of_any_test(LAWS[law], epsilon) == pytest.approx(expected, rel=0.05)  # of drawn values
+    if p == 0.5:
+        assert 500 < expected < 550, "two times fewer than 738 are beyond any test"
 
 
 @pytest.fixture
