@@ -367,6 +367,7 @@ def _hover(row: Measurement, value: str) -> str:
     facts += [f"{amount(row.shots_per_query)} shots per query"] if row.shots_per_query is not None else []
     facts += [f"level {row.optimisation}"] if row.optimisation else []
     facts += [f"found: {row.found}"] if row.found else [f"retriever {row.retriever}"] if row.retriever else []
+    facts += [counted(row.neighbours, "neighbour")] if row.neighbours is not None else []
     facts += [counted(row.n_queries, "query", "queries")] if row.n_queries is not None else []
     facts += [f"seed {row.seed}"] if row.seed is not None else []
     return "<br>".join(html.escape(fact, quote=False) for fact in facts)

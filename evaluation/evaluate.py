@@ -189,7 +189,8 @@ def evaluate(
         rows.append(row("uncalibrated", said.uncalibrated))
     for name in series:
         if name in _ASKED:
-            rows.append(row(name, ask(name, predictor_of(name, program, backend), data.texts)))
+            predictor = predictor_of(name, program, backend)
+            rows.append(row(name, ask(name, predictor, data.texts), **vote_columns(predictor)))
     if "floor" in series:
         for reference, second in answers.floors:
             rows.append(row("floor", second, reference_seed=reference.seed))
@@ -351,6 +352,13 @@ def _labels(said: Predictions) -> list[str]:
 def predictor_of(series: str, program: Program, backend: Backend) -> PromptedPredictor | NeighboursVote:
     """What is asked for a series: the program, or the baseline of that name, made of its parts."""
     return _ASKED[series](program, backend)
+
+
+def vote_columns(predictor: PromptedPredictor | NeighboursVote) -> Row:
+    """How the vote was counted, if it is one."""
+    if not isinstance(predictor, NeighboursVote):
+        return {}
+    return {"neighbours": predictor.vote.k, "vote_sharpness": float(predictor.vote.sharpness)}
 
 
 def _with_random_shots(program: Program) -> Program:

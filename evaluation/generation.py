@@ -32,6 +32,7 @@ from evaluation.neighbours import NeighboursVote
 from evaluation.reference.trainer import Reference
 from evaluation.texts import Lengths, TextGap, Written, point_gap, reading_noise, text_gap, write
 from icl_compiler.backends.backend import Backend
+from icl_compiler.calibration.votes import Vote
 from icl_compiler.compile import load_tokenizer
 from icl_compiler.data import Dataset
 from icl_compiler.errors import EvaluationError
@@ -215,7 +216,7 @@ def _neighbours(
     """The targets of the nearest rows, each with its share of them, and the most frequent one, of each text."""
     pool = replace(program.pool.data, task="classification")
     fitted = program.retriever if program.settings.retriever == "dense" else None
-    said = NeighboursVote(pool, encoder=program.settings.encoder, retriever=fitted).predict(texts)
+    said = NeighboursVote(pool, encoder=program.settings.encoder, vote=Vote(8), retriever=fitted).predict(texts)
     laws = []
     for shares in said.probabilities:
         rows = np.flatnonzero(shares).tolist()

@@ -48,6 +48,7 @@ class Measurement:
             mean total variation of the next token along the reference's own texts; `accuracy` is the share of greedy
             outputs that are the target, and `finished` that of samples that came to their end.
         calibration: the method by which the program's probabilities are calibrated; "none" where they are the model's.
+        neighbours: how many rows vote; by exp(`vote_sharpness` * cosine), so that at 0 all count alike.
         noise_against: of scoring noise, what the program was compared with: itself in "other batches", or in "float32".
     """
 
@@ -63,6 +64,8 @@ class Measurement:
     shots: str | None = None
     calibration: str | None = None
     shots_per_query: float | None = None
+    neighbours: int | None = None
+    vote_sharpness: float | None = None
     gap: float | None = None
     gap_low: float | None = None
     gap_high: float | None = None
@@ -153,7 +156,7 @@ def checked(value: object, name: str, kind: str, where: str) -> object:
         if name != "seed" and number < 0:
             raise EvaluationError(f"{where}: {name} should be >= 0, is {value!r}")
         return int(value) if isinstance(value, Integral) else int(number)
-    largest = math.inf if name.endswith(("_per_query", "_seconds")) else 1 + 1e-6
+    largest = math.inf if name.endswith(("_per_query", "_seconds", "_sharpness")) else 1 + 1e-6
     if not -1e-6 <= number <= largest:
         wanted = ">= 0" if largest == math.inf else "in [0, 1]"
         raise EvaluationError(f"{where}: {name} should be {wanted}, is {value!r}")

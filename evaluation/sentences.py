@@ -196,6 +196,9 @@ def _against_vote(head: Measurement, vote: Measurement | None) -> str:
             f" On these queries the vote is {also}right more often: {share(vote.accuracy)} against "
             f"{share(head.accuracy)}."
         )
+    if vote.neighbours is not None:
+        how = ", the nearer the more" if vote.vote_sharpness else ""
+        sentence += f" It counts {counted(vote.neighbours, 'row')}{how}: what serves rows of the pool best, left out."
     return sentence
 
 

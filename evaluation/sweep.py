@@ -26,7 +26,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evaluation.evaluate import Answers, Row, common_columns, measured_columns, predictor_of, worst_queries
+from evaluation.evaluate import (
+    Answers,
+    Row,
+    common_columns,
+    measured_columns,
+    predictor_of,
+    vote_columns,
+    worst_queries,
+)
 from evaluation.gap import gap, reliability
 from evaluation.reference.method import make_method
 from evaluation.reference.trainer import Reference, finetune, load_reference
@@ -112,10 +120,10 @@ class Worker:
         started = time.perf_counter()
         backend = Stopwatch(self._engine)
         program = self._program(ask)
-        of_search: Row = {}
+        more: Row = {}
         searching = time.perf_counter()
         if ask.searches:
-            program, of_search = self._searched(ask, program)
+            program, more = self._searched(ask, program)
         searching = time.perf_counter() - searching
         if ask.calibration and ask.calibrates:
             names = None if ask.calibration == "auto" else ("none", ask.calibration)
@@ -125,7 +133,9 @@ class Worker:
         found, worst = [], []
         said = None
         if ask.series != "floor":
-            said = predictor_of(ask.series, program, backend).predict(data.queries.texts)
+            predictor = predictor_of(ask.series, program, backend)
+            more |= vote_columns(predictor)
+            said = predictor.predict(data.queries.texts)
         asked = time.perf_counter()
         prompts = program.prompts(data.queries.texts) if ask.budget is not None else []
         for key, first, second in job.rows:
@@ -145,7 +155,7 @@ class Worker:
                 "calibration": ask.calibration,
                 "calibrated_by": program.calibration.method if ask.calibration else None,
                 "optimisation": ask.optimisation,
-                **of_search,
+                **more,
                 "seed": ask.seed,
                 "reference_examples": reference.examples,
                 "reference_seconds": training_s,
@@ -169,7 +179,7 @@ class Worker:
             found.append(row)
         done = time.perf_counter()
         for row in found:  # of what the rows share, each has its part
-            if of_search:
+            if ask.searches:
                 row["seconds_search"] = searching / len(found)
             row["seconds_model"] = backend.seconds / len(found)
             row["seconds_prompts"] = (asked - started - searching - backend.seconds) / len(found)

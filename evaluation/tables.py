@@ -18,7 +18,8 @@ COLUMNS = (
     "gap", "gap_low", "gap_high", "gap_truncation", "level", "n_queries", "accuracy", "accuracy_low", "accuracy_high",
     "reference_accuracy", "agreement", "ece", "label_mass", "shots_per_query", "prompt_tokens_per_query",
     "computed_tokens_per_query", "seconds_per_query", "seconds_model", "seconds_prompts", "seconds_evaluator",
-    "reference_examples", "reference_seconds", "found", "search_prompts", "seconds_search", "model", "n_labels",
+    "reference_examples", "reference_seconds", "neighbours", "vote_sharpness",
+    "found", "search_prompts", "seconds_search", "model", "n_labels",
     "data_sha256", "machine", "commit", "version",
     "key",
 )  # fmt: skip

@@ -93,6 +93,11 @@ def test_vote_that_is_right_more_often():
     assert "right more often" not in says(row(), row(VOTE, 0.12, accuracy=0.7))
 
 
+def test_vote_says_how_it_was_counted():
+    said = says(row(), row(VOTE, 0.2, neighbours=12, vote_sharpness=20.0))
+    assert "It counts 12 rows, the nearer the more: what serves rows of the pool best, left out." in said
+
+
 def test_vote_with_another_number_of_examples_says_so():
     assert "language model (with 64 examples)" in says(row(), row(VOTE, 0.4, n_examples=64))
 
