@@ -11,8 +11,9 @@ all systems. `SYSTEMS` is the table of what is compared; whoever adds one writes
   peer's prompts. No peer knows a budget, so that more rows are asked for than shown; the query itself is left out.
 - Log-loss is that of the right label in nats, no probability counted as less than 1e-9; `log_loss_of_labels` that of
   the law renormalised over the labels. `label_mass` is what the model itself gives to the labels, before calibration.
-- `calls` are the prompts that the compiler asked the model about, `compile_seconds` its time, the loading of the model
-  aside; of a peer, all of its choosing. `seconds` and `tokens` are of a query.
+- `calls` are the prompts that the compiler asked the model about: at -O2 at most `--search-queries`, at -O3 twice as
+  many. `compile_seconds` is its time, the loading of the model aside; of a peer, that of all its choosing. `seconds`
+  and `tokens` are of a query.
 - `--references FOLDER` holds two references for each dataset, FOLDER/DATASET-0 and -1, as `icl finetune` writes them;
   those that are missing are trained: `--method rsr` with its defaults, on `--reference-examples` rows, two seeds. The
   search and the calibration then approximate the first one; `tv` is the mean TV to it, `floor` that between the two,
@@ -34,16 +35,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import t as student
 
 from benchmarks.peers.asking import PEERS, Recorded, choose
+from evaluation.comparison import Difference, bounded_difference, unbounded_difference
 from evaluation.evaluate import commit, machine
 from evaluation.gap import distances
-from evaluation.intervals import betting
 from evaluation.neighbours import NeighboursVote
 from evaluation.reference.loop import LoopSettings
 from evaluation.reference.method import make_method
@@ -53,7 +53,7 @@ from icl_compiler.calibration.calibrating import calibrate
 from icl_compiler.calibration.methods import LEAST_PROBABILITY
 from icl_compiler.compile import compile_program
 from icl_compiler.data import Dataset, load_dataset
-from icl_compiler.optimise.levels import DEFAULT_RETRIEVERS, optimise
+from icl_compiler.optimise.levels import DEFAULT_RETRIEVERS, QUERIES, optimise
 from icl_compiler.predictor import Predictions, Predictor, PromptedPredictor, open_backend
 from icl_compiler.program import Program
 
@@ -95,7 +95,7 @@ class Answer(NamedTuple):
     settings: Row
 
 
-def at_level(level: int, calibrated: bool) -> Callable[[Task], Answer]:
+def at_level(level: Literal[0, 1, 2, 3], calibrated: bool) -> Callable[[Task], Answer]:
     """A program as `icl compile -O` makes it."""
 
     def answer(task: Task) -> Answer:
@@ -104,11 +104,13 @@ def at_level(level: int, calibrated: bool) -> Callable[[Task], Answer]:
             task.pool, model=task.backend.model, encoder=ENCODER, retriever=DEFAULT_RETRIEVERS[level],
             budget=task.budget, seed=task.seed,
         )  # fmt: skip
-        if level == 2:
+        if level == 2 or level == 3:
             WORK.mkdir(exist_ok=True)
-            log = WORK / f"{task.name}-{task.budget}-{task.search_queries}-{task.seed}.jsonl"
+            queries = task.search_queries * QUERIES[level] // QUERIES[2]
+            higher = "" if level == 2 else f"-O{level}"
+            log = WORK / f"{task.name}-{task.budget}-{task.search_queries}-{task.seed}{higher}.jsonl"
             program, trace = optimise(
-                program, task.backend, queries=task.search_queries, reference=task.reference, log=log
+                program, task.backend, level=level, queries=queries, reference=task.reference, log=log
             )
             calls = trace[0]["prompts_asked"]
         elif calibrated:
@@ -161,6 +163,7 @@ SYSTEMS: Mapping[str, Callable[[Task], Answer]] = {
     "O1": at_level(1, calibrated=False),
     "O1-calibrated": at_level(1, calibrated=True),
     "O2": at_level(2, calibrated=True),
+    "O3": at_level(3, calibrated=True),
     **{name: chosen_by(name) for name in PEERS},
     "fine-tuned": fine_tuned,
 }
@@ -265,37 +268,11 @@ def table() -> str:
         values = (row.get(name, "") for name in columns)
         cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
         found = differences(row)
-        cells += [str(found[name]) if name in found else "" for name in BETTER]
+        cells += [_shown(found[name]) if name in found else "" for name in BETTER]
         lines.append("| " + " | ".join(cells) + " |")
         for name, difference in found.items():
             against_vote[name] += [difference] * (row["system"] == "vote")
     return "\n".join([*lines, "", *(told for name in BETTER if (told := verdict(name, against_vote[name])))])
-
-
-class Difference(NamedTuple):
-    """A mean difference with the ends of its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
-
-
-def paired(ours: Sequence[float], theirs: Sequence[float], *, bounded: bool) -> Difference:
-    """The mean of `ours` less `theirs`, query by query; the interval is betting's where both lie in [0, 1].
-
-    >>> str(paired([0.5, 1.0] * 50, [0.0, 0.5] * 50, bounded=False))
-    '+0.500 [+0.500, +0.500]'
-    """
-    apart = np.random.default_rng(0).permutation(np.subtract(ours, theirs))  # betting wants a random order
-    mean = float(apart.mean())
-    if bounded:
-        low, high = (2 * end - 1 for end in betting((apart + 1) / 2))
-        return Difference(mean, low, high)
-    error = float(student.ppf(0.975, len(apart) - 1) * apart.std(ddof=1) / np.sqrt(len(apart)))
-    return Difference(mean, mean - error, mean + error)
 
 
 def differences(row: Row) -> dict[str, Difference]:
@@ -305,29 +282,30 @@ def differences(row: Row) -> dict[str, Difference]:
     ours, theirs = (each.get(json.dumps(key), {}) for key in (best, row["key"]))
     if ours is theirs:
         return {}
-    return {
-        name: paired(ours[name], theirs[name], bounded=name != "log_loss")
-        for name in BETTER
-        if name in ours and name in theirs
-    }
+    found = {}
+    for name in BETTER:
+        if name in ours and name in theirs:
+            # the rows are in the order of the file, which is often sorted by label; betting wants a random one
+            a, b = (np.random.default_rng(0).permutation(each[name]) for each in (theirs, ours))
+            compared = unbounded_difference if name == "log_loss" else bounded_difference
+            found[name] = compared(name, a, b, 0.95, anytime=False)
+    return found
+
+
+def _shown(found: Difference) -> str:
+    return f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
 def verdict(name: str, found: Sequence[Difference]) -> str:
-    """Whether -O2 is ever worse than the vote alone, in words; nothing where they were not compared.
-
-    >>> verdict("accuracy", [Difference(0.1, 0.05, 0.15), Difference(-0.01, -0.05, 0.04)])
-    'accuracy of -O2 beside the vote alone, of 2: better in 1 (1 of them clearly), worse in 1 (0 of them clearly)'
-    """
+    """Whether -O2 is ever worse than the vote alone, in words; nothing where they were not compared."""
     if not found:
         return ""
-    sign = BETTER[name]
-    better = [(sign * each.mean > 0, min(sign * each.low, sign * each.high) > 0) for each in found]
-    worse = [(sign * each.mean < 0, max(sign * each.low, sign * each.high) < 0) for each in found]
-    counts = [[sum(column) for column in zip(*each, strict=True)] for each in (better, worse)]
-    told = ", ".join(
-        f"{word} in {plain} ({clearly} of them clearly)"
-        for word, (plain, clearly) in zip(("better", "worse"), counts, strict=True)
-    )
+    gains = BETTER[name] * np.array([(each.difference, each.low, each.high) for each in found])
+    counts = {
+        "better": ((gains[:, 0] > 0).sum(), (gains.min(axis=1) > 0).sum()),
+        "worse": ((gains[:, 0] < 0).sum(), (gains.max(axis=1) < 0).sum()),
+    }
+    told = ", ".join(f"{word} in {plain} (clearly in {clearly})" for word, (plain, clearly) in counts.items())
     return f"{name} of -O2 beside the vote alone, of {len(found)}: {told}"
 
 
