@@ -378,7 +378,7 @@ def require_comparable(program: "Program", references: "Sequence[Reference]", da
                 "compile and fine-tune on the same data"
             )
     require_known(program.labels, data.answers)
-    program.prompts(data.texts)
+    program.prompt_sets(data.texts)
     without_rows(program, data.texts)
 
 

@@ -37,6 +37,7 @@ from icl_compiler.calibration.law import NO_CALIBRATION
 from icl_compiler.compile import new_retriever, without_rows, zero_shot_program
 from icl_compiler.data import Dataset
 from icl_compiler.errors import EvaluationError, ICLError
+from icl_compiler.explanation import written
 from icl_compiler.predictor import Predictions, PromptedPredictor, joined
 from icl_compiler.program import Program, Prompt, encode_pool
 
@@ -176,8 +177,8 @@ def evaluate(
         return what | measured_columns(said, compared, answers, data, level, anytime=anytime)
 
     reference_accuracy = float(np.mean(_same(_labels(answers.first), data.answers)))
-    prompts = program.prompts(data.texts)
-    shots = float(np.mean([len(prompt.selection.rows) for prompt in prompts]))
+    prompts = program.prompt_sets(data.texts)
+    shots = shots_per_query(prompts)
     of_program: Row = {"shots_per_query": shots, "reference_accuracy": reference_accuracy}
     if asked is None:
         said = ask("program", PromptedPredictor(program, backend), data.texts)
@@ -394,13 +395,18 @@ _ASKED: Mapping[str, Callable[[Program, Backend], PromptedPredictor | Neighbours
 }
 
 
+def shots_per_query(prompts: Sequence[Sequence[Prompt]]) -> float:
+    """How many shots a query has, on average, in all its prompts."""
+    return float(np.mean([sum(len(prompt.selection.rows) for prompt in of_query) for of_query in prompts]))
+
+
 def worst_queries(
     program: Program,
     said: Predictions,
     reference: Predictions,
     compared: Gap,
     data: Dataset,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Sequence[Prompt]],
     count: int,
 ) -> list[dict[str, object]]:
     """The `count` queries with the largest gap: the texts, what either model says, and the prompt."""
@@ -415,7 +421,7 @@ def worst_queries(
                 "reference_label": reference.labels[reference.best[i]],
                 "reference_probability": float(reference.probabilities[i].max()),
                 "tv": float(compared.per_query[i]),
-                "prompt": program.template.tokenizer.decode(prompts[i].tokens),
+                "prompt": written(program, prompts[i]),
             }
         )
     return rows

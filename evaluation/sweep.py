@@ -32,6 +32,7 @@ from evaluation.evaluate import (
     common_columns,
     measured_columns,
     predictor_of,
+    shots_per_query,
     vote_columns,
     worst_queries,
 )
@@ -137,7 +138,7 @@ class Worker:
             more |= vote_columns(predictor)
             said = predictor.predict(data.queries.texts)
         asked = time.perf_counter()
-        prompts = program.prompts(data.queries.texts) if ask.budget is not None else []
+        prompts = program.prompt_sets(data.queries.texts) if ask.budget is not None else []
         for key, first, second in job.rows:
             reference, answers, training_s = self._read(first)
             told = said or self._read(second or first)[1]
@@ -167,7 +168,7 @@ class Worker:
             if second is not None:
                 row["reference_seed"] = second.seed
             if prompts:
-                row["shots_per_query"] = float(np.mean([len(prompt.selection.rows) for prompt in prompts]))
+                row["shots_per_query"] = shots_per_query(prompts)
             if ask.series == "program":
                 correct = _bits(answers, data)
                 row["reference_accuracy"] = correct.count("1") / len(correct)

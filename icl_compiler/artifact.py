@@ -44,7 +44,7 @@ from icl_compiler.selection import Order
 from icl_compiler.templates import EncodedTemplate, Template
 
 FORMAT = 3
-"""3: a program may rerank; 2: it may be calibrated. Programs of formats 1 and 2 load, and are as they were."""
+"""3: a program may rerank, and ask several prompts; 2: it may be calibrated. Programs of 1 and 2 load unchanged."""
 _MANIFEST = "manifest.json"
 _BLOCKS = ("centres", "rows", "offsets")
 _RERANKER = "reranker.safetensors"
@@ -134,9 +134,11 @@ def _read_program(folder: Path, manifest: dict[str, Any]) -> Program:
     from safetensors.numpy import load_file
 
     settings = Settings(**manifest["settings"])
-    for name in ("shots", "budget", "seed", "per_label", "clusters", "cache_block"):
+    for name in ("shots", "budget", "seed", "per_label", "clusters", "cache_block", "ensembles"):
         if not isinstance(getattr(settings, name), int):
             raise TypeError(f"{name} should be a whole number")
+    if settings.ensembles < 1:
+        raise ValueError("ensembles should be 1 or more")
     for name, choice in (("order", Order), ("layout", Layout)):
         if (found := getattr(settings, name)) not in get_args(choice):
             raise ValueError(f"{name} should be one of {', '.join(get_args(choice))}, is {found!r}")

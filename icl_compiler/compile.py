@@ -13,7 +13,7 @@ from jaxtyping import Int64
 
 from icl_compiler.calibration.law import NO_CALIBRATION, Calibration
 from icl_compiler.data import Dataset
-from icl_compiler.errors import BudgetError, DataError, RegistryError
+from icl_compiler.errors import BudgetError, DataError, EnsembleError, RegistryError
 from icl_compiler.layouts import Expected, Layout, computed_tokens, make_blocks
 from icl_compiler.models import cache_folder, locate
 from icl_compiler.program import SAME_FOR_ALL, Program, Settings, encode_pool
@@ -51,6 +51,7 @@ def compile_program(
     clusters: int | None = None,
     cache_block: int = 16,
     block_share: float = 0.95,
+    ensembles: int = 1,
     notify: Notify | None = None,
 ) -> Program:
     """Make a program of `data` for the frozen `model`.
@@ -67,10 +68,12 @@ def compile_program(
         cache_block: tokens of a block of the engine's prefix cache: of vLLM 16 on a GPU, and 32 on a processor as
             `icl vllm` starts it.
         block_share: share of the shots, and of the tokens for them, that the block takes in `mixed`; in (0, 1).
+        ensembles: prompts for each text; the shots of each are others, and the label probabilities are averaged.
 
     Raises:
         DataError: if `data` has no rows, or fewer than `examples`, or no labels to order shots by.
         LabelError: if a label word is a prefix of another.
+        EnsembleError: if several prompts are wanted for targets, or where all would be the same.
         BudgetError: if not even the instruction fits the budget.
     """
     notify = notify or (lambda _: None)
@@ -85,6 +88,15 @@ def compile_program(
         raise DataError(f"per_label should be >= 0, is now {per_label}")
     if not len(data):
         raise DataError(f"{data.source} has no rows to compile")
+    if ensembles < 1:
+        raise DataError(f"ensembles should be >= 1, is now {ensembles}")
+    if ensembles > 1 and data.task == "generation":
+        raise EnsembleError(f"{data.source} has targets, and only the probabilities of labels can be averaged")
+    if ensembles > 1 and (layout in ("shared", "clustered") or shots == 0):
+        raise EnsembleError(
+            f"all {ensembles} prompts of a text would be the same, as it has no shots of its own; choose --layout "
+            "per-query or mixed and --shots of 1 or more, or leave --ensembles out"
+        )
     if data.task == "generation" and (per_label or order == "by-label"):
         raise DataError(f"{data.source} has targets, and no labels that shots could be ordered or balanced by")
     pool_data = data if examples is None else data.subset(examples, seed=seed)
@@ -119,6 +131,7 @@ def compile_program(
         clusters or 0,
         cache_block,
         block_share,
+        ensembles,
     )
     return laid_out(Program(settings, data.task, encoded, pool, index))
 
@@ -156,7 +169,8 @@ def _expected(program: Program, rows: Int64[np.ndarray, " rows"]) -> Expected | 
     if not len(rows):
         return None
     drawn = np.random.default_rng(program.settings.seed).permutation(rows)[:_ASKED]
-    prompts = [prompt.tokens for prompt in program.prompts([program.pool.data.texts[row] for row in drawn])]
+    sets = program.prompt_sets([program.pool.data.texts[row] for row in drawn])
+    prompts = [prompt.tokens for prompts in sets for prompt in prompts]
     head = np.array(program.template.head, dtype=np.int64)
     held = [head]
     if blocks is not None:
@@ -164,7 +178,8 @@ def _expected(program: Program, rows: Int64[np.ndarray, " rows"]) -> Expected | 
             np.append(head, joined(program.pool.tokens, program.pool.offsets, blocks[i])) for i in range(len(blocks))
         ]
     computed = computed_tokens(prompts, cache_block=program.settings.cache_block, held=held)
-    return Expected(float(np.mean([len(tokens) for tokens in prompts])), float(computed.mean()))
+    texts = len(sets)
+    return Expected(sum(len(tokens) for tokens in prompts) / texts, float(computed.sum()) / texts)
 
 
 def zero_shot_program(

@@ -135,6 +135,14 @@ if TYPE_CHECKING:
     help="Share of the shots, and of their tokens, that is the block's in the layout mixed.",
 )
 @click.option(
+    "--ensembles",
+    type=WholeNumber(min=1),
+    metavar="S",
+    show_default="1; searched at -O3",
+    help="Ask S prompts for each text and average the label probabilities. The nearest shots are dealt out among them, "
+    "--shots to each; a text costs S prompts. Not for `icl serve`.",
+)
+@click.option(
     "--calibration",
     show_default="none; auto from -O2 on",
     metavar="NAME",
@@ -195,6 +203,7 @@ def compile_command(
     clusters: int | None,
     cache_block: int,
     block_share: float,
+    ensembles: int | None,
     where: tuple[str, ...],
     examples: int | None,
     test: str | None,
@@ -276,6 +285,7 @@ def compile_command(
         clusters=clusters,
         cache_block=cache_block,
         block_share=block_share,
+        ensembles=ensembles or 1,
         notify=say if sys.stderr.isatty() else None,
     )
     if too_long := _never_fit(program):
@@ -291,6 +301,7 @@ def compile_command(
     later = calibration in WITH_OWN_PROMPTS or not searches  # else the search calibrates with what it asked
     if engine is not None and searches:
         named = {"retriever": retriever, "shots": shots, "order": order, "per_label": per_label, "template": template}
+        named["ensembles"] = ensembles or shots  # fewer shots a prompt are no more what was named
         log = output.with_name(f"{output.name}.search.jsonl")
         try:
             most = QUERIES[int(level)] if search_queries is None else search_queries
@@ -332,6 +343,7 @@ def compile_command(
         "expected": program.expected and program.expected._asdict(),
         "order": program.settings.order,
         "per_label": program.settings.per_label,
+        "ensembles": program.settings.ensembles,
         "template": program.template.template.name,
         "budget": budget,
         "tokens_per_shot": round(len(program.pool.tokens) / max(1, len(program.pool.data)), 1),
@@ -355,8 +367,10 @@ def compile_command(
         f"(about {summary['tokens_per_shot']:.0f} tokens each) into {budget:,} tokens for {model}"
     )
     if program.expected is not None:
+        several = program.settings.ensembles > 1
+        what = f"the {program.settings.ensembles} prompts of a text have" if several else "a prompt has"
         click.echo(
-            f"a prompt has about {program.expected.prompt_tokens:,.0f} tokens, of which a server with a prefix cache "
+            f"{what} about {program.expected.prompt_tokens:,.0f} tokens, of which a server with a prefix cache "
             f"computes {program.expected.computed_tokens:,.0f}"
         )
     if choice is not None:
@@ -425,7 +439,8 @@ def _told(choice: "Choice") -> dict[str, Any]:
 def _shots_in_words(program: "Program") -> str:
     settings, blocks = program.settings, program.blocks
     if blocks is None:
-        return f"{settings.retriever} retrieval of up to {settings.shots} shots"
+        several = f"{settings.ensembles} times " * (settings.ensembles > 1)
+        return f"{settings.retriever} retrieval of {several}up to {settings.shots} shots"
     least, most = int(blocks.sizes.min()), int(blocks.sizes.max())
     sizes = counted(most, "shot") if least == most else f"{least} to {most} shots"
     one = f"{len(blocks)} fixed blocks of {sizes}" if len(blocks) > 1 else f"one fixed block of {sizes}"

@@ -90,14 +90,14 @@ def _shots(first: Program, second: Program, queries: Sequence[str]) -> list[str]
     same, shared, total = 0, 0, 0
     for query in queries:
         try:
-            [a], [b] = first.prompts([query]), second.prompts([query])
+            [a], [b] = first.prompt_sets([query]), second.prompt_sets([query])
         except ICLError as error:
             return [f"their shots cannot be compared: {error}"]
         chosen = [
-            {normalise_text(program.pool.data.texts[row]) for row in prompt.selection.rows}
-            for program, prompt in ((first, a), (second, b))
+            {normalise_text(program.pool.data.texts[row]) for prompt in prompts for row in prompt.selection.rows}
+            for program, prompts in ((first, a), (second, b))
         ]
-        same += a.tokens == b.tokens
+        same += [prompt.tokens for prompt in a] == [prompt.tokens for prompt in b]
         shared += len(chosen[0] & chosen[1])
         total += len(chosen[0] | chosen[1])
     if not queries or same == len(queries):

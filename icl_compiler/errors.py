@@ -8,6 +8,7 @@
     ├── LabelError                labels that cannot serve as outcomes (one only, prefixes, unknown)
     ├── TemplateError             a template that does not render, or lacks a part
     ├── CalibrationError          held-out queries that a calibration cannot be fitted to
+    ├── EnsembleError             several prompts for one text, where one can be asked
     ├── BudgetError               the instruction and the query alone exceed the token budget
     ├── ModelError                a model that cannot be found, loaded or used
     │   └── ContextLengthError    a prompt longer than the model's context
@@ -56,6 +57,10 @@ class TemplateError(ICLError):
 
 class CalibrationError(ICLError):
     """Held-out queries that a calibration cannot be fitted to."""
+
+
+class EnsembleError(ICLError):
+    """Several prompts for one text, where one can be asked."""
 
 
 class BudgetError(ICLError):

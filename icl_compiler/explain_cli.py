@@ -55,7 +55,10 @@ def _tell_prompt(shown: Any, as_json: bool) -> None:
         return
     click.echo(shown.prompt)
     shots = counted(len(shown.shots), "shot") + ", in this order" * (len(shown.shots) > 1)
-    click.secho(f"\n{shown.tokens:,} tokens of at most {shown.budget:,}; {shots}", bold=True)
+    tokens = f"{shown.tokens:,} tokens of at most {shown.budget:,}"
+    if shown.prompts > 1:
+        tokens = f"{shown.prompts} prompts, {shown.tokens:,} tokens in all, each of at most {shown.budget:,}"
+    click.secho(f"\n{tokens}; {shots}", bold=True)
     for number, shot in enumerate(shown.shots, start=1):
         score = f"score {shot.score:.3f}" if shot.rank else "in the block"
         click.echo(

@@ -167,7 +167,7 @@ def _typical(vectors: Float32[np.ndarray, "rows width"], parts: int, *, seed: in
 
 
 class Expected(NamedTuple):
-    """What a prompt of a program costs, on average.
+    """What a prompt of a program costs, on average; all prompts of a text together, where it has several.
 
     Attributes:
         prompt_tokens: its tokens.

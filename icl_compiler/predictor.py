@@ -23,7 +23,7 @@ class Predictions(NamedTuple):
     Attributes:
         probabilities: of each label, in the order of `labels`; a row sums to at most 1, the rest is the mass
             of all other continuations ("other"). Lower bounds where `upper` is given: "other" then is an upper bound.
-        prompt_tokens: tokens of each prompt.
+        prompt_tokens: tokens of the prompt of each text; of all its prompts, where there are several.
         usage: tokens computed and forward passes, over all texts.
         seconds: wall time, making the prompts included.
         upper: upper bounds on the probabilities, from an engine that gives only its likeliest tokens; else `None`.
@@ -104,18 +104,34 @@ class PromptedPredictor:
         if self.program.task != "classification":
             raise LabelError("this program generates text, it has no labels; use `generate`")
         started = time.perf_counter()
-        prompts = self.program.prompts(texts)
+        sets, count = self.program.prompt_sets(texts), self.program.settings.ensembles
         scores = self.backend.label_logprobs(
-            [prompt.tokens for prompt in prompts], self.program.label_words, progress=progress
-        )
+            [prompt.tokens for prompts in sets for prompt in prompts],
+            self.program.label_words,
+            progress=_of_sets(progress, count),
+        ).averaged(count)
         raw = NO_CALIBRATION.law(Evidence(scores.logprobs, scores.upper))
-        tokens = np.array([len(prompt.tokens) for prompt in prompts], dtype=np.int64)
-        law = self.program.law(prompts, scores.logprobs, scores.upper)
+        tokens = np.array([sum(len(prompt.tokens) for prompt in prompts) for prompts in sets], dtype=np.int64)
+        law = self.program.law([prompts[0] for prompts in sets], scores.logprobs, scores.upper)
         seconds = time.perf_counter() - started
         said = Predictions(self.labels, law.probabilities, tokens, scores.usage, seconds, law.upper)
         if self.program.calibration.method == "none":
             return said
         return said._replace(uncalibrated=said._replace(probabilities=raw.probabilities, upper=raw.upper))
+
+
+def _of_sets(progress: Progress | None, prompts: int) -> Progress | None:
+    """`progress` of texts as one of prompts, of which a text has so many."""
+    if progress is None or prompts == 1:
+        return progress
+    done = 0
+
+    def advance(more: int) -> None:
+        nonlocal done
+        progress((done + more) // prompts - done // prompts)
+        done += more
+
+    return advance
 
 
 def answer_text(template: EncodedTemplate, answer: Generation) -> str:

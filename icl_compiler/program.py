@@ -16,10 +16,21 @@ from jaxtyping import Bool, Float, Float32, Int32, Int64
 from icl_compiler.calibration.law import NO_CALIBRATION, Calibration, Evidence, Law
 from icl_compiler.calibration.votes import Voters, voters_of
 from icl_compiler.data import Dataset, normalise_text
-from icl_compiler.errors import BudgetError
+from icl_compiler.errors import BudgetError, EnsembleError
+from icl_compiler.explanation import Explanation, explanation, short
 from icl_compiler.layouts import Blocks, Expected, Layout
 from icl_compiler.reranker import Reranker, features
-from icl_compiler.selection import Order, Selection, arranged, candidates, in_rounds, joined, pack, random_keys
+from icl_compiler.selection import (
+    Order,
+    Selection,
+    arranged,
+    candidates,
+    dealt_out,
+    in_rounds,
+    joined,
+    pack,
+    random_keys,
+)
 from icl_compiler.templates import EncodedTemplate
 from retrievers.bm25 import BM25
 from retrievers.dense import Dense
@@ -48,6 +59,7 @@ class Settings:
         clusters: how many blocks were asked for.
         cache_block: tokens of a block of the engine's prefix cache.
         block_share: share of the shots, and of the tokens for them, that the fixed block takes in `mixed`.
+        ensembles: prompts for each text, each with other shots, whose laws are averaged.
     """
 
     model: str
@@ -62,6 +74,7 @@ class Settings:
     clusters: int = 0
     cache_block: int = 16
     block_share: float = 0.95
+    ensembles: int = 1
 
 
 class Pool(NamedTuple):
@@ -79,29 +92,6 @@ class Prompt(NamedTuple):
     selection: Selection
     voters: Voters | None = None
     """Of this query, where the program's calibration counts votes."""
-
-
-class Shot(NamedTuple):
-    """One shot of a prompt, as shown to the user."""
-
-    row: int
-    text: str
-    label: str
-    score: float
-    rank: int
-    tokens: int
-    why: str
-
-
-class Explanation(NamedTuple):
-    """A prompt, taken apart."""
-
-    query: str
-    prompt: str
-    tokens: int
-    budget: int
-    shots: list[Shot]
-    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -139,22 +129,61 @@ class Program:
         return self.template.label_words()
 
     def prompts(self, texts: Sequence[str]) -> list[Prompt]:
-        """A prompt for each text.
+        """The one prompt for each text.
+
+        Raises:
+            BudgetError: if the instruction, a text and its longest label word alone exceed the budget.
+            EnsembleError: if a text has several prompts.
+        """
+        if self.settings.ensembles > 1:
+            raise EnsembleError(
+                f"this program asks {self.settings.ensembles} prompts for each text and averages the answers "
+                "(--ensembles), and here a text can have one; compile it without"
+            )
+        return [prompt for [prompt] in self.prompt_sets(texts)]
+
+    def prompt_sets(self, texts: Sequence[str]) -> list[list[Prompt]]:
+        """All prompts for each text: one, or as many as `ensembles` says, among which the candidates are dealt out.
 
         Raises:
             BudgetError: if the instruction, a text and its longest label word alone exceed the budget.
         """
         if not texts:
             return []
+        count = self.settings.ensembles
         queries = self.template.queries(texts)
         room = self._room(texts, queries)
         fixed = self._fixed(texts, room)
-        shots = np.array([self.settings.shots - len(begin.rows) for begin in fixed], dtype=np.int64)
         room -= [len(begin.tokens) for begin in fixed]
         hits, near = self._search(texts)
-        ids, scores, ranks = self._ranked(texts, hits)
-        itself = self._is_itself(ids, texts)
-        barred = itself | self._stands_in(ids, fixed) if self.blocks else itself
+        found = _Found(*self._ranked(texts, hits))
+        itself = self._is_itself(found.ids, texts)
+        barred = itself | self._stands_in(found.ids, fixed) if self.blocks else itself
+        dealt = np.zeros(barred.shape, dtype=np.int64)
+        if count > 1:
+            kinds = self._label_of_row[found.ids] if self.settings.per_label else np.zeros_like(found.ids)
+            dealt = dealt_out(kinds, barred, count)
+        voters = self._voters(texts, near)
+        each = [
+            self._written(texts, queries, fixed, found, itself, barred | (dealt != number), room, voters)
+            for number in range(count)
+        ]
+        return [list(prompts) for prompts in zip(*each, strict=True)]
+
+    def _written(
+        self,
+        texts: Sequence[str],
+        queries: Sequence[Sequence[int]],
+        fixed: Sequence["_Beginning"],
+        found: "_Found",
+        itself: Bool[np.ndarray, "texts candidates"],
+        barred: Bool[np.ndarray, "texts candidates"],
+        room: Int64[np.ndarray, " texts"],
+        voters: Voters | None,
+    ) -> list[Prompt]:
+        """A prompt for each text, of the candidates that are not `barred`."""
+        ids, scores, ranks = found
+        shots = np.array([self.settings.shots - len(begin.rows) for begin in fixed], dtype=np.int64)
         packed = pack(self._shot_tokens[ids], barred, room=room, shots=shots)
         query, place = packed.taken.nonzero()
         rows = ids[query, place]
@@ -167,7 +196,6 @@ class Program:
         left_out = (packed.passed & itself).sum(axis=1).tolist()
         too_long = (packed.passed & ~barred).sum(axis=1).tolist()
         begins = [0, *ends.tolist()]
-        voters = self._voters(texts, near)
         prompts = []
         for i, (words, begin) in enumerate(zip(queries, fixed, strict=True)):
             part = slice(begins[i], begins[i + 1])
@@ -207,41 +235,7 @@ class Program:
 
     def explain(self, text: str) -> Explanation:
         """The prompt for `text`, with each shot, its score, its tokens, and why it was chosen."""
-        [prompt] = self.prompts([text])
-        chosen = prompt.selection
-        meaning = self.retriever.score_meaning
-        rows = len(self.pool.data)
-        block = "one of the fixed block"
-        if self.blocks is not None:
-            block += f" {self.blocks.nearest([text])[0] + 1} of {len(self.blocks)}"
-        shots = [
-            Shot(
-                row,
-                self.pool.data.texts[row],
-                self.pool.data.answers[row],
-                score,
-                rank,
-                int(self._shot_tokens[row]),
-                f"rank {rank} of {rows:,} rows by {self.settings.retriever} ({meaning})" if rank else block,
-            )
-            for row, rank, score in zip(chosen.rows, chosen.ranks, chosen.scores, strict=True)
-        ]
-        notes = []
-        if chosen.itself:
-            notes.append(f"{chosen.itself} row of the pool was left out because it is the query itself")
-        if chosen.too_long:
-            notes.append(f"{chosen.too_long} candidates were skipped because they did not fit the budget any more")
-        if self.reranker is not None:
-            notes.append(
-                f"the best {self.reranker.candidates} by {self.settings.retriever} were put into another order, by how "
-                "much such shots helped the model on held-out rows"
-            )
-        if self.calibration.method != "none":
-            notes.append(f"probabilities are calibrated: {self.calibration.describe()}")
-        if len(shots) < self.settings.shots:
-            notes.append(f"{len(shots)} of at most {self.settings.shots} shots: no more fit, or there are no more")
-        decoded = self.template.tokenizer.decode(prompt.tokens)
-        return Explanation(text, decoded, len(prompt.tokens), self.settings.budget, shots, notes)
+        return explanation(self, text)
 
     @property
     def dense(self) -> Dense | Joined | None:
@@ -294,7 +288,7 @@ class Program:
     def _candidates(self) -> int:
         """How many rows are found for the shots of a text."""
         rows = len(self.pool.data)
-        k = candidates(self._shots_per_query, rows, per_label=self.settings.per_label)
+        k = candidates(self.settings.ensembles * self._shots_per_query, rows, per_label=self.settings.per_label)
         if k and self.reranker is not None:
             k = min(rows, max(k, self.reranker.candidates))
         return min(rows, k + int(self.blocks.sizes.max())) if k and self.blocks is not None else k
@@ -320,7 +314,7 @@ class Program:
         if (room < 0).any():
             first = int((room < 0).argmax())
             raise BudgetError(
-                f"the prompt for {_short(texts[first])!r} has {head} tokens of instruction, {lengths[first]} of query "
+                f"the prompt for {short(texts[first])!r} has {head} tokens of instruction, {lengths[first]} of query "
                 f"and up to {answer} of answer, {budget - room[first]} in all, and the budget is "
                 f"{budget}; compile with a larger --budget, or shorten the text"
             )
@@ -440,6 +434,14 @@ class Program:
         return max((len(word) for word in self.label_words), default=0)
 
 
+class _Found(NamedTuple):
+    """Candidates in the order in which they are tried, their scores, and the retriever's ranks."""
+
+    ids: Int64[np.ndarray, "texts candidates"]
+    scores: Float32[np.ndarray, "texts candidates"]
+    ranks: Int64[np.ndarray, "texts candidates"]
+
+
 class _Beginning(NamedTuple):
     """What stands of a fixed block in one prompt."""
 
@@ -460,7 +462,3 @@ def encode_pool(template: EncodedTemplate, data: Dataset) -> Pool:
     offsets = np.cumsum([0, *(len(shot) for shot in shots)], dtype=np.int64)
     tokens = np.array([token for shot in shots for token in shot], dtype=np.int32)
     return Pool(data, tokens, offsets)
-
-
-def _short(text: str, width: int = 60) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"

@@ -149,6 +149,26 @@ def in_rounds(
     return places
 
 
+def dealt_out(
+    kinds: Int64[np.ndarray, "queries candidates"], barred: Bool[np.ndarray, "queries candidates"], hands: int
+) -> Int64[np.ndarray, "queries candidates"]:
+    """Which of so many hands each candidate goes to: those of one kind in turn, the best first; -1 where barred.
+
+    >>> barred = np.array([[False, True, False, False, False]])
+    >>> dealt_out(np.array([[0, 0, 0, 0, 7]]), barred, 2).tolist()
+    [[0, -1, 1, 0, 0]]
+    """
+    order = np.argsort(kinds, axis=1, kind="stable")
+    grouped, free = (np.take_along_axis(part, order, axis=1) for part in (kinds, ~barred))
+    begins = np.ones(kinds.shape, dtype=bool)
+    begins[:, 1:] = grouped[:, 1:] != grouped[:, :-1]
+    so_far = np.cumsum(free, axis=1) - free
+    turn = so_far - np.maximum.accumulate(np.where(begins, so_far, 0), axis=1)
+    dealt = np.empty(kinds.shape, dtype=np.int64)
+    np.put_along_axis(dealt, order, np.where(free, turn % hands, -1), axis=1)
+    return dealt
+
+
 def random_keys(
     texts: Sequence[str], rows: Int64[np.ndarray, " shots"], queries: Int64[np.ndarray, " shots"], *, seed: int
 ) -> UInt64[np.ndarray, " shots"]:

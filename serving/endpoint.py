@@ -21,9 +21,10 @@ from jaxtyping import Float
 from icl_compiler.backends.vllm_protocol import Json, sense
 from icl_compiler.corrections import Flag, require_label
 from icl_compiler.errors import BackendError, ICLError, ModelError
+from icl_compiler.explanation import Explanation
 from icl_compiler.feedback import Correction, FeedbackStore
 from icl_compiler.predictor import Predictor
-from icl_compiler.program import Explanation, Prompt
+from icl_compiler.program import Prompt
 from icl_compiler.registry import did_you_mean
 from serving.drift import Baseline, DriftMonitor, Shadow
 from serving.line import Line

@@ -50,6 +50,25 @@ class LabelScores(NamedTuple):
     upper: Float[np.ndarray, "prompts labels"] | None = None
     """Upper bounds, of an engine that gives only the k likeliest tokens."""
 
+    def averaged(self, prompts: int) -> "LabelScores":
+        """The mean law of each `prompts` prompts that follow one another.
+
+        The mean of probabilities, not of logarithms: it is a law of the labels and "other" again, bounds stay bounds,
+        and one prompt that gives a label nothing is no veto. Its log-loss is at most the mean log-loss of its parts.
+
+        >>> LabelScores(np.log([[0.5, 0.25], [0.25, 0.5]]), Usage(8, 8, 1)).averaged(2).logprobs.round(3).tolist()
+        [[-0.981, -0.981]]
+        """
+        if prompts == 1:
+            return self
+
+        def mean(logprobs: Float[np.ndarray, "prompts labels"]) -> Float[np.ndarray, "queries labels"]:
+            sets = logprobs.reshape(-1, prompts, logprobs.shape[1])
+            averaged: Float[np.ndarray, "queries labels"] = np.logaddexp.reduce(sets, axis=1) - np.log(prompts)
+            return averaged
+
+        return LabelScores(mean(self.logprobs), self.usage, None if self.upper is None else mean(self.upper))
+
 
 class Generation(NamedTuple):
     """One sampled continuation."""

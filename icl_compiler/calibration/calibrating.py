@@ -78,11 +78,12 @@ def score_held_out(
     rows = np.sort(draw.choice(len(program.pool.data), size=count, replace=False))
     texts = [program.pool.data.texts[row] for row in rows.tolist()]
     asked = with_voters(program) if set(names) & set(WITH_VOTERS) else program
-    prompts = asked.prompts(texts)
-    extra = {name: _prior_prompts(name, program, prompts, texts, draw) for name in names}
-    every = [prompt.tokens for prompt in prompts] + [tokens for some in extra.values() for tokens in some]
+    sets = asked.prompt_sets(texts)
+    extra = {name: _prior_prompts(name, program, sets, texts, draw) for name in names}
+    first = [prompt.tokens for prompts in sets for prompt in prompts]
+    every = first + [tokens for some in extra.values() for tokens in some]
     scores = backend.label_logprobs(every, program.label_words, progress=progress)
-    laws = softmax(Evidence(scores.logprobs, scores.upper).middle)[count:]
+    laws = softmax(Evidence(scores.logprobs, scores.upper).middle)[len(first) :]
     priors, start = {}, 0
     for name, some in extra.items():
         if some:
@@ -92,7 +93,9 @@ def score_held_out(
     if reference is not None:
         said = reference.predict(texts)
         of_reference = said.probabilities[:, [said.labels.index(label) for label in program.labels]]
-    found = held_out_of(asked, rows.tolist(), prompts, scores)
+    upper = None if scores.upper is None else scores.upper[: len(first)]
+    own = LabelScores(scores.logprobs[: len(first)], scores.usage, upper).averaged(program.settings.ensembles)
+    found = held_out_of(asked, rows.tolist(), [prompts[0] for prompts in sets], own)
     return HeldOut(found.rows, found.labels, found.evidence, priors, of_reference, scores.usage)
 
 
@@ -128,7 +131,7 @@ def held_out_of(program: Program, rows: Sequence[int], prompts: Sequence[Prompt]
 
 
 def _prior_prompts(
-    name: str, program: Program, prompts: Sequence[Prompt], texts: Sequence[str], draw: np.random.Generator
+    name: str, program: Program, sets: Sequence[Sequence[Prompt]], texts: Sequence[str], draw: np.random.Generator
 ) -> list[TokenIds]:
     """The prompts that say what the model answers whatever the query."""
     if name == "pmi":
@@ -138,9 +141,9 @@ def _prior_prompts(
         return []
     words = [word for text in program.pool.data.texts for word in text.split()] or [""]
     found: list[TokenIds] = []
-    for place in np.linspace(0, len(prompts) - 1, min(_PRIOR_PROMPTS, len(prompts))).astype(int).tolist():
+    for number, place in enumerate(np.linspace(0, len(sets) - 1, min(_PRIOR_PROMPTS, len(sets))).astype(int).tolist()):
         length = max(1, len(texts[place].split()))
         random = " ".join(words[i] for i in draw.integers(len(words), size=length).tolist())
-        text = random if name == "domain-context" else _CONTENT_FREE[len(found) % len(_CONTENT_FREE)]
-        found.append(program.around(prompts[place], text))
+        text = random if name == "domain-context" else _CONTENT_FREE[number % len(_CONTENT_FREE)]
+        found += [program.around(prompt, text) for prompt in sets[place]]
     return found

@@ -15,7 +15,7 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int64
 
-from icl_compiler.backends.backend import Backend, Progress
+from icl_compiler.backends.backend import Backend, LabelScores, Progress, Usage
 from icl_compiler.calibration.calibrating import WITH_VOTERS, require_same_labels, with_voters
 from icl_compiler.calibration.choosing import LEAST_QUERIES, cross_validated
 from icl_compiler.calibration.held_out import HeldOut
@@ -200,8 +200,9 @@ class LabelJudge:
         known = self._answers.setdefault(variant, [])
         while len(known) < queries:
             texts = self._texts[len(known) : min(queries, len(known) + CHUNK)]
-            prompts = [prompt.tokens for prompt in program.prompts(texts)]
-            known += self._ask(program, prompts)
+            sets, count = program.prompt_sets(texts), program.settings.ensembles
+            answers = self._ask(program, [prompt.tokens for prompts in sets for prompt in prompts])
+            known += _averaged(answers, count)
         return known[:queries]
 
 
@@ -263,6 +264,16 @@ class TargetJudge:
         return self._asker.ask(f"greedy, to {end}", pairs, ask)
 
 
+def _averaged(answers: list[Answer], prompts: int) -> list[Answer]:
+    """Of each `prompts` answers that follow one another, the answer of their mean law."""
+    if prompts == 1:
+        return answers
+    logprobs, upper = _bounds(answers)
+    mean = LabelScores(logprobs, Usage(0, 0, 0), upper).averaged(prompts)
+    parts = [mean.logprobs] if mean.upper is None else [mean.logprobs, mean.upper]
+    return [[part[query].tolist() for part in parts] for query in range(len(mean.logprobs))]
+
+
 def _bounds(
     answers: Sequence[Answer],
 ) -> tuple[Float[np.ndarray, "queries labels"], Float[np.ndarray, "queries labels"] | None]:
@@ -278,4 +289,4 @@ def _parted(pairs: Sequence[TokenIds]) -> tuple[list[list[int]], list[list[int]]
 
 
 def _without_shots(program: Program) -> Program:
-    return replace(program, settings=replace(program.settings, shots=0), blocks=None)
+    return replace(program, settings=replace(program.settings, shots=0, ensembles=1), blocks=None)

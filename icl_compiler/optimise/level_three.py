@@ -1,9 +1,10 @@
-"""What -O3 does after -O2: an instruction, and a learned reranker, each raced against what -O2 found.
+"""What -O3 does after -O2: instructions, a learned reranker, averages over prompts, raced against what -O2 found.
 
 - Half of the budget is -O2's. A quarter at most pays for single shots, from which a reranker is learned
   (`shot_utility`).
-- Both go on from the winner of -O2: its own instruction is always among the instructions, and its own order of
-  candidates among the orders.
+- All go on from the winner of -O2, which is always among them.
+- An average over 2 or 4 prompts deals out as many shots as before, so that each prompt has a half or a quarter of them;
+  instruction and query are read as often as there are prompts, and each prompt counts as a model call.
 - The last race is between what -O2 found and the best of these. The new one is taken only if a paired test says that
   it is better: whoever tries more finds more by luck.
 - What a reranker is learned from, and what the model is shown to write instructions, are rows that no race asks.
@@ -26,8 +27,10 @@ from icl_compiler.optimise.variants import Variant
 
 OF_LEVEL_2, OF_SINGLE_SHOTS = 0.5, 0.25
 """Shares of the budget: what the races of -O2 and single shots may take."""
-OF_INSTRUCTIONS, OF_RERANKER = 0.4, 0.4
+OF_INSTRUCTIONS, OF_RERANKER, OF_ENSEMBLES = 0.3, 0.3, 0.5
 """Shares of what is left then: what these races may take."""
+ENSEMBLES = (2, 4)
+"""Numbers of prompts that are tried."""
 _OF_ROWS = 4  # of so many rows one is kept apart
 
 
@@ -51,12 +54,12 @@ def set_apart(rows: Int64[np.ndarray, " queries"], budget: int) -> Apart:
 def level_3(
     races: Races, found: Variant, asker: Asker, learned_from: Int64[np.ndarray, " queries"], *, fixed: frozenset[str]
 ) -> Variant:
-    """The best of `found`, of it with other instructions, and of that with its candidates reranked.
+    """The best of `found`, of it with other instructions, of that with its candidates reranked or dealt out.
 
     Args:
         found: the winner of -O2.
         learned_from: rows of the pool that no race asks.
-        fixed: `retriever` or `instruction`, if that stays as it is.
+        fixed: `instruction`, `rerank` or `ensembles`, if that stays as it is.
     """
     best, variants, seed = found, races.variants, races.variants.base.settings.seed
     if "instruction" not in fixed:
@@ -77,6 +80,10 @@ def level_3(
             variants.reranker, told = learn_reranker(variants.program(best), races.judge, learned_from, seed=seed)
             races.trace.append(told)
             best = races.race("reranker", [best, best._replace(rerank=True)], share=OF_RERANKER)[0]
+    if "ensembles" not in fixed and variants.base.labels and best.ensembles == 1:
+        dealt = [best._replace(ensembles=n, shots=max(1, best.shots // n)) for n in ENSEMBLES if best.shots >= n]
+        if variants.base.settings.layout in ("per-query", "mixed"):
+            best = races.race("ensembles", [best, *dealt], share=OF_ENSEMBLES)[0]
     return found if best == found else races.challenge("last", found, best)
 
 

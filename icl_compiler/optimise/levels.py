@@ -3,7 +3,7 @@
     -O0   random shots, the same for every text
     -O1   the nearest shots by meaning; no model runs
     -O2   retriever, number, order and balance of shots and template are searched on held-out rows of the pool
-    -O3   -O2, and then instructions and a learned reranker: see `level_three`
+    -O3   -O2, and then instructions, a learned reranker and averages over prompts: see `level_three`
 
 - What the user names is not searched: `--retriever bm25 -O2` looks for the best program with bm25.
 - -O2 starts from -O1, and compares with it once more at the end.
@@ -131,7 +131,7 @@ def _calibrated(
 ) -> tuple[Program, list[dict[str, Any]]]:
     """The program, calibrated with what it was asked already, and up to 200 queries of what is `left`."""
     asked = judge.asked(variant)
-    wanted = min(len(judge.rows), max(asked, min(CALIBRATION_QUERIES, asked + left)))
+    wanted = min(len(judge.rows), max(asked, min(CALIBRATION_QUERIES, asked + left // variant.ensembles)))
     try:
         held_out = judge.held_out(variant, program, wanted)
     except OutOfTime:

@@ -55,7 +55,7 @@ class Standing(NamedTuple):
 
 
 class Race(NamedTuple):
-    """The winner, how each candidate ended (in their order), and the queries that were paid for."""
+    """The winner, how each candidate ended (in their order), and the calls that were paid for."""
 
     winner: int
     standings: tuple[Standing, ...]
@@ -69,6 +69,7 @@ def race(
     queries: int,
     budget: int,
     seen: Sequence[int] | None = None,
+    costs: Sequence[int] | None = None,
     delta: float = 0.05,
 ) -> Race:
     """Find the candidate with the lowest mean loss.
@@ -79,8 +80,9 @@ def race(
     Args:
         candidates: how many there are, numbered from 0, the likeliest winner first.
         queries: how many there are at most.
-        budget: most (candidate, query) pairs to pay for.
+        budget: most calls to pay for.
         seen: for each candidate, how many of the first queries were paid for already.
+        costs: calls for a query of each candidate; by default 1.
         delta: bound on the probability that the tests (not the halving) drop the best.
 
     >>> table = np.array([[1.0, 0.5, 1.0, 0.5] * 8, [0.25, 0.5, 0.25, 0.0] * 8])
@@ -91,7 +93,8 @@ def race(
     paid = [0] * candidates if seen is None else list(seen)
     known: dict[int, Float[np.ndarray, " queries"]] = {}
     least = min(LEAST, queries)
-    left = _affordable(paid, budget, least)
+    price = [1] * candidates if costs is None else list(costs)
+    left = _affordable(paid, price, budget, least)
     exits = {c: (0, "not tried: no queries were left for it") for c in range(candidates) if c not in left}
     calls, number = 0, 0
     rounds = max(1, math.ceil(math.log2(len(left))))
@@ -99,12 +102,13 @@ def race(
     while len(left) > 1:
         number += 1
         share = (budget - calls) // max(1, rounds - number + 1)
-        n = max(least, *(len(values) for values in known.values()), _deepest([paid[c] for c in left], share, queries))
+        deepest = _deepest([(paid[c], price[c]) for c in left], share, queries)
+        n = max(least, *(len(values) for values in known.values()), deepest)
         late = False
         try:
             for c in left:
                 known[c] = losses(c, n)
-                calls += max(0, n - paid[c])
+                calls += price[c] * max(0, n - paid[c])
                 paid[c] = max(n, paid[c])
         except OutOfTime:
             late = True
@@ -127,18 +131,18 @@ def race(
     return Race(left[0], tuple(standings), calls)
 
 
-def _affordable(paid: Sequence[int], budget: int, least: int) -> list[int]:
+def _affordable(paid: Sequence[int], price: Sequence[int], budget: int, least: int) -> list[int]:
     """The first candidates, as far as `budget` holds `least` queries for each; one at least."""
-    cost = np.cumsum([max(0, least - count) for count in paid])
+    cost = np.cumsum([each * max(0, least - count) for count, each in zip(paid, price, strict=True)])
     return list(range(max(1, int((cost <= budget).sum()))))
 
 
-def _deepest(paid: Sequence[int], share: int, queries: int) -> int:
-    """The most queries that all can have seen for `share` further calls."""
+def _deepest(paid: Sequence[tuple[int, int]], share: int, queries: int) -> int:
+    """The most queries that all can have seen for `share` further calls; of each, those paid for and its price."""
     low, high = 0, queries
     while low < high:
         n = (low + high + 1) // 2
-        low, high = (n, high) if sum(max(0, n - count) for count in paid) <= share else (low, n - 1)
+        low, high = (n, high) if sum(each * max(0, n - count) for count, each in paid) <= share else (low, n - 1)
     return low
 
 

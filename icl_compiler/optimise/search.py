@@ -115,6 +115,7 @@ class Races:
             queries=len(self.judge.rows),
             budget=budget,
             seen=paid,
+            costs=[variant.ensembles for variant in runners],
         )
         self.left -= found.calls
         for standing in found.standings:

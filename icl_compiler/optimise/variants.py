@@ -30,6 +30,7 @@ class Variant(NamedTuple):
     instruction: str = ""
     """Name of one that stands in place of the template's own."""
     rerank: bool = False
+    ensembles: int = 1
 
     def __str__(self) -> str:
         written = f"{self.template}{', instruction ' * bool(self.instruction)}{self.instruction}"
@@ -37,7 +38,8 @@ class Variant(NamedTuple):
             return f"no shots, {written}"
         labels = f", {self.per_label} per label" if self.per_label else ""
         found = f"{self.retriever}{' reranked' * self.rerank}"
-        return f"{found}, {self.shots} shot{'s' * (self.shots != 1)}, {self.order}{labels}, {written}"
+        several = f"{self.ensembles} prompts of " * (self.ensembles > 1)
+        return f"{found}, {several}{self.shots} shot{'s' * (self.shots != 1)}, {self.order}{labels}, {written}"
 
     def found_by(self, retriever: str) -> "Variant":
         """The same with another retriever, and the order that goes with it."""
@@ -45,7 +47,7 @@ class Variant(NamedTuple):
 
     def distinct(self) -> "Variant":
         """One for all that write the same prompts: without shots nothing depends on how they would be found."""
-        return self if self.shots else self.found_by("uniform")._replace(per_label=0, rerank=False)
+        return self if self.shots else self.found_by("uniform")._replace(per_label=0, rerank=False, ensembles=1)
 
 
 class Variants:
@@ -67,10 +69,9 @@ class Variants:
     @property
     def own(self) -> Variant:
         """That of the base."""
-        settings, template, rerank = self.base.settings, self.base.template.template.name, self.reranker is not None
-        return Variant(
-            settings.retriever, settings.shots, settings.order, settings.per_label, template, rerank=rerank
-        ).distinct()
+        settings, template = self.base.settings, self.base.template.template.name
+        own = Variant(settings.retriever, settings.shots, settings.order, settings.per_label, template)
+        return own._replace(rerank=self.reranker is not None, ensembles=settings.ensembles).distinct()
 
     def program(self, variant: Variant) -> Program:
         """The program.
@@ -83,7 +84,7 @@ class Variants:
             encoded, pool = self._template(variant.template, variant.instruction)
             settings = replace(
                 self.base.settings, retriever=variant.retriever, shots=variant.shots, order=variant.order,
-                per_label=variant.per_label,
+                per_label=variant.per_label, ensembles=variant.ensembles,
             )  # fmt: skip
             program = replace(
                 self.base, settings=settings, template=encoded, pool=pool, retriever=self._index(variant.retriever),
