@@ -8,6 +8,7 @@
 
 from collections.abc import Sequence
 from importlib.resources import files
+from itertools import takewhile
 
 import numpy as np
 from jaxtyping import Int64
@@ -65,7 +66,12 @@ def written(program: Program, asker: Asker, rows: Int64[np.ndarray, " rows"], *,
         return [[[float(token) for token in item.tokens]] for item in found.items]
 
     answers = asker.ask(f"instructions, seed {seed}, at most {_LONGEST}", prompts, ask)
-    said = [template.tokenizer.decode([int(token) for token in answer[0]]) for answer in answers]
+    ends = template.tokenizer.special_ids
+    tokens = [list(takewhile(lambda token: token not in ends, map(int, answer[0]))) for answer in answers]
+    said = [
+        template.tokenizer.decode(part) + "\n" * (len(part) < len(answer[0]))
+        for part, answer in zip(tokens, answers, strict=True)
+    ]
     return {f"written-{i}": text for i, text in enumerate(quoted(said), start=1)}
 
 

@@ -93,4 +93,4 @@ def _told(races: Races, what: str) -> Iterator[None]:
     try:
         yield
     except (ICLError, OutOfTime) as error:
-        races.trace.append({"note": f"{what}: {error or 'the time was up'}"})
+        races.trace.append({"note": f"{what}: {str(error) or 'the time was up'}"})
