@@ -9,10 +9,7 @@ row is the mean total variation between two of them with its 95 % interval. Rows
 `benchmarks/rows/agreement.jsonl`; a dataset that stands there for this commit is not measured again.
 """
 
-import json
-import os
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import combinations
@@ -21,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.parts.kept import data_folder, keep, rows_of
 from evaluation.evaluate import commit, machine
 from evaluation.gap import gap_of_laws
 from evaluation.tv import with_other
@@ -104,14 +102,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def measured() -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-    return [row for row in rows if row["commit"] == commit()]
+    return [row for row in rows_of(ROWS) if row["commit"] == commit()]
 
 
 def main() -> None:
-    data = Path(os.environ.get("ICL_DATASETS", HERE.parent.parent / "shared" / "data"))
-    if not data.is_dir():
-        sys.exit(f"there are no datasets at {data}; set ICL_DATASETS to the folder that holds {', '.join(DATASETS)}")
+    data = data_folder(DATASETS)
     if not measured():
         asked = questions(data)
         laws: dict[str, dict[str, np.ndarray[Any, Any]]] = {name: {} for name in asked}
@@ -121,10 +116,7 @@ def main() -> None:
                 scores = backend.label_logprobs(prompts[:count], words)
                 laws[name][contender] = np.exp(scores.logprobs)
                 print(f"{contender}, {name}: {scores.usage}", flush=True)
-        ROWS.parent.mkdir(exist_ok=True)
-        with ROWS.open("a") as out:
-            for name in asked:
-                out.writelines(json.dumps(row) + "\n" for row in compare(name, laws[name]))
+        keep(ROWS, *(row for name in asked for row in compare(name, laws[name])))
     print(table(measured()))
 
 

@@ -12,8 +12,6 @@ the end the table of `docs/calibration.md` is printed.
 """
 
 import argparse
-import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.parts.kept import Row, data_folder, keep, rows_of
 from evaluation.evaluate import commit, machine
 from evaluation.gap import calibration_error
 from icl_compiler.backends.backend import Backend, LabelScores, Progress, Usage
@@ -42,7 +41,6 @@ ROWS = Path(__file__).parent / "rows" / "calibration.jsonl"
 DATASETS = ("banking77", "clinc150_oos", "subj", "mr")
 POOL, SHOTS, BUDGET, MODEL = 1000, 8, 1024, "smollm2-135m"
 ANSWERS = Path("bench-calibration")
-Row = dict[str, Any]
 
 
 class Kept:
@@ -65,11 +63,6 @@ class Kept:
 
         answers = self._asker.ask(f"labels {label_words}", prompts, ask)
         return LabelScores(np.array([answer[0] for answer in answers]), Usage(0, 0, 0))
-
-
-def measured() -> list[Row]:
-    """All rows."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
 def measure(
@@ -154,22 +147,18 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"))
     asked = parser.parse_args()
     end = time.monotonic() + 60 * asked.minutes
-    data = Path(os.environ.get("ICL_DATASETS", Path(__file__).parents[2] / "shared" / "data"))
-    if not data.is_dir():
-        sys.exit(f"there are no datasets at {data}; set ICL_DATASETS to the folder that holds {', '.join(DATASETS)}")
-    ROWS.parent.mkdir(exist_ok=True)
+    data = data_folder(DATASETS)
     ANSWERS.mkdir(exist_ok=True)
     for dataset in asked.datasets:
         key = [dataset, asked.held_out, asked.test, asked.seed]
-        if any(row["key"][:-1] == key for row in measured()):
+        if any(row["key"][:-1] == key for row in rows_of(ROWS)):
             continue
         try:
             rows = measure(dataset, data, key, held_out=asked.held_out, test=asked.test, seed=asked.seed, deadline=end)
         except OutOfTime:
             sys.exit(f"the time is up within {dataset}; the same command goes on from there")
-        with ROWS.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    print(table(measured()))
+        keep(ROWS, *rows)
+    print(table(rows_of(ROWS)))
 
 
 if __name__ == "__main__":

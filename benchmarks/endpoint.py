@@ -35,6 +35,7 @@ from typing import Any
 import httpx2
 import numpy as np
 
+from benchmarks.parts.kept import Row, data_folder, keep, rows_of
 from evaluation.evaluate import commit, machine
 from icl_compiler.artifact import load_program, save_program
 from icl_compiler.backends.vllm_protocol import label_walk
@@ -51,7 +52,6 @@ TEXTS = {1: 24, 8: 48, 32: 64}
 ROUNDS = 3
 LOAD_S, TIMES = 120.0, 4.0
 REQUESTS, EVERY, DISTINCT = 20_000, 1_000, 10_000
-Row = dict[str, Any]
 
 
 @contextmanager
@@ -236,10 +236,10 @@ def measure_with_vllm(parts: list[str], train: Dataset, drawn: list[str]) -> Non
             for retriever in RETRIEVERS:
                 if "speed" in parts and ("speed", retriever) not in done:
                     for row in asyncio.run(speed(retriever, Path(folder) / retriever, drawn, vllm, url)):
-                        keep(row)
+                        keep(ROWS, row)
         if "load" in parts and ("load", "bm25") not in done:
             with endpoint(programs, vllm, "--in-flight", "16", "--waiting", "48") as (url, pid):
-                keep(asyncio.run(load(drawn[:200], url, pid)))
+                keep(ROWS, asyncio.run(load(drawn[:200], url, pid)))
 
 
 def measure_memory(train: Dataset, texts: list[str]) -> None:
@@ -252,20 +252,12 @@ def measure_memory(train: Dataset, texts: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder, fake_vllm() as engine:
         save_program(made, Path(folder) / "memory")
         with endpoint([str(Path(folder) / "memory")], engine.url) as (url, pid):
-            keep(asyncio.run(memory(texts[:DISTINCT], url, pid)))
+            keep(ROWS, asyncio.run(memory(texts[:DISTINCT], url, pid)))
 
 
 def measured() -> list[Row]:
     """The rows of this commit."""
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-    return [row for row in rows if row["commit"] == commit()]
-
-
-def keep(row: Row) -> None:
-    """Append a row."""
-    ROWS.parent.mkdir(exist_ok=True)
-    with ROWS.open("a") as out:
-        out.write(json.dumps(row) + "\n")
+    return [row for row in rows_of(ROWS) if row["commit"] == commit()]
 
 
 def main() -> None:
@@ -273,9 +265,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help=argparse.SUPPRESS)  # what `python -m benchmarks` was asked for
     parser.add_argument("--parts", nargs="+", choices=("speed", "load", "memory"), default=("speed", "load", "memory"))
     parts = parser.parse_args().parts
-    data = Path(os.environ.get("ICL_DATASETS", Path(__file__).parents[2] / "shared" / "data"))
-    if not data.is_dir():
-        sys.exit(f"there are no datasets at {data}; set ICL_DATASETS to the folder that holds mr")
+    data = data_folder(["mr"])
     train, test = (load_dataset(str(data / "mr" / f"{part}.jsonl")) for part in ("train", "test"))
     drawn = [test.texts[i] for i in np.random.default_rng(SEED).permutation(len(test))]
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # for /reset_prefix_cache

@@ -17,9 +17,6 @@ Rows are appended to `benchmarks/rows/layouts.jsonl`; what stands there for this
 """
 
 import argparse
-import json
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
+from benchmarks.parts.kept import data_folder, keep, rows_of
 from benchmarks.served_scoring import counters
 from evaluation.evaluate import commit, machine
 from evaluation.intervals import betting
@@ -89,7 +87,7 @@ def measure(program: Program, asked: Dataset, url: str) -> dict[str, object]:
     }  # fmt: skip
 
 
-def rows_of(name: str, data: Path, queries: int) -> tuple[Dataset, Dataset]:
+def drawn(name: str, data: Path, queries: int) -> tuple[Dataset, Dataset]:
     """The rows to compile of a dataset, and those to ask."""
     train, test = (load_dataset(str(data / name / f"{part}.jsonl")) for part in ("train", "test"))
     asked = test.take(np.random.default_rng(SEED).permutation(len(test))[:queries].tolist())
@@ -97,8 +95,7 @@ def rows_of(name: str, data: Path, queries: int) -> tuple[Dataset, Dataset]:
 
 
 def measured() -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-    return [row for row in rows if row["commit"] == commit()]
+    return [row for row in rows_of(ROWS) if row["commit"] == commit()]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -139,18 +136,14 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
     parser.add_argument("--queries", type=int, default=80)
     given = parser.parse_args()
-    data = Path(os.environ.get("ICL_DATASETS", HERE.parent.parent / "shared" / "data"))
-    if not data.is_dir():
-        sys.exit(f"there are no datasets at {data}; set ICL_DATASETS to the folder that holds {', '.join(DATASETS)}")
-    ROWS.parent.mkdir(exist_ok=True)
+    data = data_folder(DATASETS)
     done = {(row["dataset"], row["layout"]) for row in measured()}
     if missing := [(name, layout) for layout in LAYOUTS for name in given.datasets if (name, layout) not in done]:
         with running_server(MODEL, port=free_port()) as url:
             for name, layout in missing:
-                train, asked = rows_of(name, data, given.queries)
+                train, asked = drawn(name, data, given.queries)
                 row = {"dataset": name, "layout": layout, **measure(compiled(train, layout), asked, url)}
-                with ROWS.open("a") as out:
-                    out.write(json.dumps(row) + "\n")
+                keep(ROWS, row)
     print(table(measured()))
 
 

@@ -8,11 +8,10 @@ the references hold out; the gap is measured on 200 test rows drawn at random. R
 table of `docs/results.md` is printed.
 """
 
-import json
-import os
 import subprocess
-import sys
 from pathlib import Path
+
+from benchmarks.parts.kept import data_folder, rows_of
 
 HERE = Path(__file__).parent
 ROWS = HERE / "rows" / "main_job.jsonl"
@@ -39,10 +38,6 @@ def commands(data: Path, name: str) -> list[list[str]]:
     ]
 
 
-def measured() -> list[dict[str, object]]:
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-
-
 def table(rows: list[dict[str, object]]) -> str:
     def cell(row: dict[str, object], column: str) -> str:
         if column == "gap":
@@ -60,12 +55,10 @@ def table(rows: list[dict[str, object]]) -> str:
 
 
 def main() -> None:
-    data = Path(os.environ.get("ICL_DATASETS", HERE.parent.parent / "shared" / "data"))
-    if not data.is_dir():
-        sys.exit(f"there are no datasets at {data}; set ICL_DATASETS to the folder that holds {', '.join(DATASETS)}")
+    data = data_folder(DATASETS)
     ROWS.parent.mkdir(exist_ok=True)
     for name in DATASETS:
-        if any(row["dataset"] == name for row in measured()):
+        if any(row["dataset"] == name for row in rows_of(ROWS)):
             continue
         (WORK / name).mkdir(parents=True, exist_ok=True)
         for command in commands(data, name):
@@ -74,7 +67,7 @@ def main() -> None:
                 continue
             print("$", " ".join(command), flush=True)
             subprocess.run(command, check=True)
-    print(table(measured()))
+    print(table(rows_of(ROWS)))
 
 
 if __name__ == "__main__":

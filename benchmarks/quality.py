@@ -28,18 +28,18 @@ any time; a search or a training that was stopped goes on.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from benchmarks.parts.kept import Row, data_folder, keep, rows_of
 from benchmarks.peers.asking import PEERS, Recorded, choose
 from evaluation.comparison import Difference, bounded_difference, unbounded_difference
 from evaluation.evaluate import commit, machine
@@ -64,7 +64,6 @@ DATASETS = ("banking77", "clinc150_oos", "hwu64", "mr", "subj", "goemotions_sing
 MODEL, ENCODER = "smollm2-135m", "minilm"
 BETTER = {"accuracy": 1, "log_loss": -1, "tv": -1}
 """What is compared, and whether more of it is better."""
-Row = dict[str, Any]
 
 
 class Task(NamedTuple):
@@ -125,10 +124,11 @@ def at_level(level: Literal[0, 1, 2, 3], calibrated: bool) -> Callable[[Task], A
 
 
 def vote(task: Task) -> Answer:
-    """The shares of the labels among the 8 nearest rows; no language model."""
+    """The shares of the labels among the nearest rows; no language model."""
     started = time.perf_counter()
     voting = NeighboursVote(task.pool, encoder=ENCODER)
-    return Answer(voting.predict(task.queries.texts), time.perf_counter() - started, 0, {})
+    said = voting.predict(task.queries.texts)
+    return Answer(said, time.perf_counter() - started, 0, {"k": voting.vote.k, "sharpness": voting.vote.sharpness})
 
 
 def chosen_by(name: str) -> Callable[[Task], Answer]:
@@ -208,7 +208,7 @@ def measure(system: str, task: Task) -> tuple[Row, Row]:
 
 
 def _log_loss(of_right: Float[np.ndarray, " queries"]) -> Float[np.ndarray, " queries"]:
-    loss: Float[np.ndarray, " queries"] = -np.log(np.maximum(of_right, LEAST_PROBABILITY))
+    loss: Float[np.ndarray, " queries"] = 0.0 - np.log(np.maximum(of_right, LEAST_PROBABILITY))
     return loss
 
 
@@ -244,18 +244,6 @@ def references(folder: Path, name: str, train: Dataset, examples: int) -> tuple[
     return found, told
 
 
-def rows(path: Path) -> list[Row]:
-    """All that a file holds."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def keep(row: Row, path: Path) -> None:
-    """Append a row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def table() -> str:
     """What was measured, in Markdown, and how -O2 compares with the vote alone."""
     columns = ("dataset", "budget", "queries", "seed", "system", "accuracy", "log_loss", "tv", "floor", "label_mass",
@@ -263,7 +251,7 @@ def table() -> str:
     heads = [*columns, *(f"O2: {name}" for name in BETTER)]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     against_vote: dict[str, list[Difference]] = {name: [] for name in BETTER}
-    for row in rows(ROWS):
+    for row in rows_of(ROWS):
         row |= {"seed": row["key"][3], "queries": row["key"][5]}
         values = (row.get(name, "") for name in columns)
         cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
@@ -277,7 +265,7 @@ def table() -> str:
 
 def differences(row: Row) -> dict[str, Difference]:
     """-O2 less the system of this row, in the same setting; nothing where not both kept each query."""
-    each = {json.dumps(kept["key"]): kept for kept in rows(EACH_QUERY / f"{row['dataset']}.jsonl")}
+    each = {json.dumps(kept["key"]): kept for kept in rows_of(EACH_QUERY / f"{row['dataset']}.jsonl")}
     best = [*row["key"][:2], "O2", *row["key"][3:]]
     ours, theirs = (each.get(json.dumps(key), {}) for key in (best, row["key"]))
     if ours is theirs:
@@ -323,9 +311,7 @@ def main() -> None:
     parser.add_argument("--references", type=Path, metavar="FOLDER", help="of fine-tuned models; made if missing")
     parser.add_argument("--reference-examples", type=int, default=2000)
     asked = parser.parse_args()
-    data = Path(os.environ.get("ICL_DATASETS", Path(__file__).parents[2] / "shared" / "data"))
-    if not data.is_dir():
-        sys.exit(f"there are no datasets at {data}; set ICL_DATASETS to the folder that holds {', '.join(DATASETS)}")
+    data = data_folder(DATASETS)
     backend = open_backend("transformers", MODEL)
     failed: dict[str, str] = {}
     for name in asked.datasets:
@@ -347,7 +333,7 @@ def main() -> None:
                     key = [
                         name, budget, system, seed, len(pool), len(drawn), asked.search_queries, told, asked.shots
                     ]  # fmt: skip
-                    if key in [row["key"] for row in rows(ROWS)] or (system == "fine-tuned" and not tuned):
+                    if key in [row["key"] for row in rows_of(ROWS)] or (system == "fine-tuned" and not tuned):
                         continue
                     try:
                         row, each = measure(system, task)
@@ -355,9 +341,9 @@ def main() -> None:
                         failed[system] = str(error)
                         print(f"{system} failed: {error}", file=sys.stderr, flush=True)
                         continue
-                    keep({"key": key, **each}, EACH_QUERY / f"{name}.jsonl")
+                    keep(EACH_QUERY / f"{name}.jsonl", {"key": key, **each})
                     row = {"key": key, "dataset": name, "budget": budget, "system": system, **row}
-                    keep(row, ROWS)
+                    keep(ROWS, row)
                     shown = ("dataset", "budget", "system", "accuracy", "log_loss", "tv", "calls")
                     print({k: row[k] for k in shown if k in row}, flush=True)
     print(table())

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.parts.kept import Row, data_folder, keep, rows_of
 from evaluation.evaluate import commit, machine
 from evaluation.reference.trainer import load_reference
 from evaluation.tv import tv_distance, with_other
@@ -71,7 +72,6 @@ WORKERS = {
     "two, a module each": {"workers": "2", "schedule": "modules", "modules": "2"},
 }
 TEST_ROWS, SEARCH_ROWS, MAIN_ROWS, ABLATION_ROWS = 400, 600, 2222, 1111
-Row = dict[str, Any]
 
 
 class Cell(NamedTuple):
@@ -91,11 +91,6 @@ class Cell(NamedTuple):
     def key(self) -> list[object]:
         """What tells it from all others."""
         return [self.stage, self.dataset, self.method, self.variant, self.rate, self.seed, self.rows, self.epochs]
-
-
-def measured() -> list[Row]:
-    """All rows."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
 def cells(stages: list[str], datasets: list[str]) -> Iterator[Cell]:
@@ -132,7 +127,7 @@ def found_rate(method: str, dataset: str) -> float | None:
         return RATES[method][0]
     losses = {
         row["rate"]: row["held_out_loss"]
-        for row in measured()
+        for row in rows_of(ROWS)
         if (row["stage"], row["dataset"], row["method"]) == ("search", SEARCHED[dataset], method)
     }
     return min(losses, key=lambda rate: losses[rate]) if set(RATES[method]) <= set(losses) else None
@@ -212,7 +207,7 @@ def tables() -> str:
     lines = []
     for stage, by in (("search", "rate"), ("main", "method"), ("ablation", "variant"), ("workers", "variant")):
         groups: dict[tuple[object, ...], list[Row]] = {}
-        for row in measured():
+        for row in rows_of(ROWS):
             if row["stage"] == stage:
                 groups.setdefault((row["dataset"], row["method"], row[by]), []).append(row)
         columns = ["dataset", "method", by, "seeds", *_NUMBERS]
@@ -245,18 +240,14 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
     parser.add_argument("--part", default="0/1")
     asked = parser.parse_args()
-    data = Path(os.environ.get("ICL_DATASETS", Path(__file__).parents[2] / "shared" / "data"))
-    if not data.is_dir():
-        sys.exit(f"there are no datasets at {data}; set ICL_DATASETS to the folder that holds {', '.join(DATASETS)}")
+    data = data_folder(DATASETS)
     part, parts = map(int, asked.part.split("/"))
-    ROWS.parent.mkdir(exist_ok=True)
     for stage in asked.stages:  # the learning rates of the later ones are known when the first is done
         for number, cell in enumerate(cells([stage], asked.datasets)):
-            if number % parts != part or json.loads(json.dumps(cell.key)) in [row["key"] for row in measured()]:
+            if number % parts != part or json.loads(json.dumps(cell.key)) in [row["key"] for row in rows_of(ROWS)]:
                 continue
             row = {"key": cell.key, **measure(cell, data)}
-            with ROWS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            keep(ROWS, row)
             print({k: row[k] for k in ("held_out_loss", "cpu_seconds", "peak_mib", "accuracy") if k in row}, flush=True)
     print(tables())
     for row in floors():

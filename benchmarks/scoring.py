@@ -43,6 +43,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.parts.kept import Row, data_folder, keep, rows_of
 from benchmarks.peers.contender import DEVICE, Job, Text
 from benchmarks.peers.environments import peers_python
 
@@ -92,7 +93,6 @@ COLUMNS = {
     "MiB loaded": "loaded_memory_mib", "MiB peak": "peak_memory_mib", "most off": "max_difference", "TV": "mean_tv",
 }  # fmt: skip
 
-Row = dict[str, Any]
 Result = dict[str, Any]
 
 
@@ -308,18 +308,6 @@ def make_row(setting: Setting, contender: str, result: Result, marks: Marks, fac
     return {key: row[key] for key in KEYS}
 
 
-def measured(path: Path) -> list[Row]:
-    """The rows of a file; none if there is no file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def append(path: Path, row: Row) -> None:
-    """Add a row to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def missing(rows: Sequence[Row], setting: Setting, contenders: Sequence[str], commit: str | None) -> list[str]:
     """The contenders that have no row of this setting and commit."""
     there = {
@@ -356,7 +344,7 @@ def race(settings: Sequence[Setting], contenders: Sequence[str], bench: Bench, p
     """Measure what is missing, print the table; the number of contenders that failed."""
     failed = 0
     for setting in settings:
-        wanted = missing(measured(path), setting, contenders, bench.commit)
+        wanted = missing(rows_of(path), setting, contenders, bench.commit)
         if not wanted:
             continue
         ours, limits = measure_pairs(bench, setting)
@@ -369,10 +357,10 @@ def race(settings: Sequence[Setting], contenders: Sequence[str], bench: Bench, p
                 failed += 1
                 continue
             row = make_row(setting, name, result, marks, facts)
-            append(path, row)
+            keep(path, row)
             did = f"{row['queries']} queries in {row['seconds']:.1f} s"
             print(f"{setting.name}: {name} ({row['setting']}): {did}, ours {row['icl_speedup']:.2f} x", flush=True)
-    print(table([row for row in measured(path) if row["commit"] == bench.commit]))
+    print(table([row for row in rows_of(path) if row["commit"] == bench.commit]))
     return failed
 
 
@@ -390,7 +378,7 @@ def _result(bench: Bench, setting: Setting, contender: str, marks: Marks) -> Res
 def exact(settings: Sequence[Setting], bench: Bench, path: Path, facts: Row) -> int:
     """Log-probabilities against those of the plain model in float32; the number of bars that were missed."""
     missed = 0
-    done = {(row["dataset"], row["shots"], row["commit"]) for row in measured(path)}
+    done = {(row["dataset"], row["shots"], row["commit"]) for row in rows_of(path)}
     for setting in settings:
         if (setting.dataset, setting.shots, bench.commit) in done:
             continue
@@ -413,8 +401,8 @@ def exact(settings: Sequence[Setting], bench: Bench, path: Path, facts: Row) -> 
                 "bar": bar,
                 "mean_tv": found[1],
             }
-            append(path, row | {key: value for key, value in facts.items() if key not in row})
-    for row in measured(path):
+            keep(path, row | {key: value for key, value in facts.items() if key not in row})
+    for row in rows_of(path):
         if row["commit"] == bench.commit:
             missed += row["bar"] is not None and row["max_difference"] > row["bar"]
             print(told(row))
@@ -442,7 +430,7 @@ def memory(data: Path, bench: Bench, path: Path, counts: Sequence[int], facts: R
     prompts = [Text(list(prompt.tokens), "") for prompt in bare.prompts(texts)]
     prompts[::10] = [Text(list(prompt.tokens), "") for prompt in program.prompts(texts[::10])]
     words = [Text(list(ids), "") for ids in program.label_words]
-    there = {(row["queries"], row["commit"]) for row in measured(path)}
+    there = {(row["queries"], row["commit"]) for row in rows_of(path)}
     for count in counts:
         if (min(count, len(prompts)), bench.commit) in there:
             continue
@@ -450,8 +438,8 @@ def memory(data: Path, bench: Bench, path: Path, counts: Sequence[int], facts: R
         result = bench.answer(bench.job("icl", setting, cap_s=None))
         keys = ("queries", "seconds", "forwards", "computed_tokens", "prompt_tokens")
         keys += ("loaded_memory_mib", "peak_memory_mib", "threads")
-        append(path, facts | {key: result[key] for key in keys})
-    for row in measured(path):
+        keep(path, facts | {key: result[key] for key in keys})
+    for row in rows_of(path):
         if row["commit"] == bench.commit:
             loaded, peak = row["loaded_memory_mib"], row["peak_memory_mib"]
             print(
@@ -482,9 +470,7 @@ def main() -> None:
     from icl_compiler.models import locate
 
     given = arguments()
-    data = Path(os.environ.get("ICL_DATASETS", HERE.parent.parent / "shared" / "data"))
-    if not data.is_dir():
-        sys.exit(f"there are no datasets at {data}; set ICL_DATASETS to the folder that holds {', '.join(DATASETS)}")
+    data = data_folder(DATASETS)
     dtype = "float32" if given.exact else "bfloat16"
     bench = Bench(locate(MODEL, kind="language model"), dtype, given.cap, commit())
     facts: Row = {

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from benchmarks.parts.kept import data_folder, keep, rows_of
 from benchmarks.peers.asking import ask, write_job
 from benchmarks.peers.environments import peers_python, selection_python
 from evaluation.evaluate import commit, machine
@@ -151,16 +152,14 @@ def million() -> dict[str, object]:
 
 
 def measured() -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-    return [row for row in rows if row["commit"] == commit()]
+    return [row for row in rows_of(ROWS) if row["commit"] == commit()]
 
 
-def keep(row: dict[str, object]) -> None:
+def add(row: dict[str, object]) -> None:
     """Append a row, with the facts that all have."""
     threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     facts = {"threads": threads, "seed": SEED, "machine": machine(), "commit": commit()}
-    with ROWS.open("a") as out:
-        out.write(json.dumps(row | facts) + "\n")
+    keep(ROWS, row | facts)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -181,22 +180,17 @@ def main() -> None:
     parser.add_argument("--million", action="store_true", help="only the pool of a million rows")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="these contenders only")
     given = parser.parse_args()
-    data = Path(os.environ.get("ICL_DATASETS", HERE.parent.parent / "shared" / "data"))
-    if not data.is_dir():
-        sys.exit(
-            f"there are no datasets at {data}; set ICL_DATASETS to the folder that holds banking77 and clinc150_oos"
-        )
-    ROWS.parent.mkdir(exist_ok=True)
+    data = data_folder(["banking77", "clinc150_oos"])
     done = {row["name"] for row in measured()}
     if given.million:
         if "icl, a million rows" not in done:
-            keep(million())
+            add(million())
     elif missing := [name for name in given.only if name not in done]:
         texts, vectors, path = job(data)
         scores = vectors[POOL:] @ vectors[:POOL].T
         nearest = np.argpartition(-scores, SHOTS, axis=1)[:, :SHOTS].tolist()
         for name in missing:
-            keep(contender(name, path, texts, nearest))
+            add(contender(name, path, texts, nearest))
     print(table(measured()))
 
 

@@ -10,11 +10,8 @@ question but its first. Rows are appended to `benchmarks/rows/served_scoring.jso
 this commit is not measured again.
 """
 
-import json
-import os
 import re
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from typing import Any
 import httpx2
 import numpy as np
 
+from benchmarks.parts.kept import data_folder, keep, rows_of
 from evaluation.evaluate import commit, machine
 from icl_compiler.backends.label_walk import LabelWalk
 from icl_compiler.backends.vllm_server import VLLMServerBackend
@@ -95,8 +93,7 @@ def measure(name: str, url: str, data: Path) -> dict[str, object]:
 
 
 def measured() -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-    return [row for row in rows if row["commit"] == commit()]
+    return [row for row in rows_of(ROWS) if row["commit"] == commit()]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -110,20 +107,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    data = Path(os.environ.get("ICL_DATASETS", HERE.parent.parent / "shared" / "data"))
-    if not data.is_dir():
-        sys.exit(f"there are no datasets at {data}; set ICL_DATASETS to the folder that holds {', '.join(QUERIES)}")
+    data = data_folder(QUERIES)
     missing = [name for name in QUERIES if name not in {row["dataset"] for row in measured()}]
     if missing:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        ROWS.parent.mkdir(exist_ok=True)
         with running_server(MODEL, port=port) as url:
             for name in missing:
                 row = measure(name, url, data)
-                with ROWS.open("a") as out:
-                    out.write(json.dumps(row) + "\n")
+                keep(ROWS, row)
     print(table(measured()))
 
 

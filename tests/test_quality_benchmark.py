@@ -156,12 +156,12 @@ def test_the_table_shows_old_rows_and_compares_new_ones(task):
     old = {"key": ["toy", 400, "O1", 0, 40, 20, 100, False], "dataset": "toy", "budget": 400, "system": "O1"}
     shown = dict.fromkeys(("accuracy", "log_loss", "log_loss_of_labels", "label_mass", "seconds", "tokens"), 0.125)
     shown |= {"calls": 0, "compile_seconds": 1.0}
-    quality.keep(old | shown, quality.ROWS)
+    quality.keep(quality.ROWS, old | shown)
     for system, right in (("vote", 0.0), ("O2", 1.0)):
         key = ["toy", 400, system, 0, 40, 20, 100, [], 16]
         each = {"accuracy": [right] * 20, "log_loss": [2.0 - right, 2.5 - right] * 10}
-        quality.keep({"key": key, **each}, quality.EACH_QUERY / "toy.jsonl")
-        quality.keep({**old, **shown, "key": key, "system": system}, quality.ROWS)
+        quality.keep(quality.EACH_QUERY / "toy.jsonl", {"key": key, **each})
+        quality.keep(quality.ROWS, {**old, **shown, "key": key, "system": system})
     lines = quality.table().splitlines()
     assert [line.split(" | ")[4] for line in lines[2:5]] == ["O1", "vote", "O2"]
     assert lines[2].endswith("|  |  |  |") and lines[4].endswith("|  |  |  |")
@@ -200,8 +200,8 @@ def test_what_is_measured_is_not_measured_again(data, monkeypatch, fake, capsys)
     assert quality.ROWS.read_text() == before
     with pytest.raises(SystemExit, match=r"not measured: fake: .*exit status 3"):
         run(monkeypatch, "--systems", "fake", "O0", "--shots", "2")
-    assert [row["system"] for row in quality.rows(quality.ROWS)] == ["vote", "fake", "O0"]
-    assert len(quality.rows(quality.EACH_QUERY / "subj.jsonl")) == 3
+    assert [row["system"] for row in quality.rows_of(quality.ROWS)] == ["vote", "fake", "O0"]
+    assert len(quality.rows_of(quality.EACH_QUERY / "subj.jsonl")) == 3
 
 
 def test_missing_references_are_trained(data, monkeypatch, tmp_path):
@@ -223,7 +223,7 @@ def test_missing_references_are_trained(data, monkeypatch, tmp_path):
     (tmp_path / "ref" / "subj-0").mkdir()
     run(monkeypatch, "--systems", "vote", "--references", str(tmp_path / "ref"), "--reference-examples", "30")
     assert made == [("subj-1", 30, "RSR", 1, 0.02)]
-    [row] = quality.rows(quality.ROWS)
+    [row] = quality.rows_of(quality.ROWS)
     assert row["tv"] == pytest.approx(0.5)
     assert row["floor"] == 0
     assert row["key"][7] == ["a toy", "a toy"]

@@ -94,10 +94,10 @@ def test_unshared_tokens_are_those_of_the_tree():
 
 def test_what_stands_there_is_not_measured_again(tmp_path):
     path = tmp_path / "rows" / "scoring.jsonl"
-    assert scoring.measured(path) == []
+    assert scoring.rows_of(path) == []
     for name in ("icl", "skorch"):
-        scoring.append(path, scoring.make_row(SETTING, name, result(6.0), MARKS, FACTS))
-    rows = scoring.measured(path)
+        scoring.keep(path, scoring.make_row(SETTING, name, result(6.0), MARKS, FACTS))
+    rows = scoring.rows_of(path)
     names = list(scoring.SCRIPTS)
     assert scoring.missing(rows, SETTING, names, "abc") == ["limit", "brute force", "lm-eval", "openicl"]
     assert scoring.missing(rows, SETTING, names, "abc+") == names
@@ -107,11 +107,11 @@ def test_what_stands_there_is_not_measured_again(tmp_path):
 def test_a_finished_setting_starts_no_process(tmp_path, monkeypatch, capsys):
     path = tmp_path / "scoring.jsonl"
     for name in scoring.SCRIPTS:
-        scoring.append(path, scoring.make_row(SETTING, name, result(6.0), MARKS, FACTS))
+        scoring.keep(path, scoring.make_row(SETTING, name, result(6.0), MARKS, FACTS))
     monkeypatch.setattr(Bench, "answer", lambda *_: pytest.fail("measured again"))
     bench = Bench("folder", "bfloat16", 60.0, "abc")
     assert scoring.race([SETTING], list(scoring.SCRIPTS), bench, path, FACTS) == 0
-    assert len(scoring.measured(path)) == len(scoring.SCRIPTS)
+    assert len(scoring.rows_of(path)) == len(scoring.SCRIPTS)
     assert capsys.readouterr().out.startswith("| dataset |")
 
 
@@ -125,9 +125,7 @@ def test_a_peer_that_fails_leaves_the_others_their_rows(tmp_path, monkeypatch, c
     path = tmp_path / "scoring.jsonl"
     bench = Bench("folder", "bfloat16", 60.0, "abc")
     assert scoring.race([SETTING], list(scoring.SCRIPTS), bench, path, FACTS) == 1
-    assert [row["contender"] for row in scoring.measured(path)] == [
-        name for name in scoring.SCRIPTS if name != "skorch"
-    ]
+    assert [row["contender"] for row in scoring.rows_of(path)] == [name for name in scoring.SCRIPTS if name != "skorch"]
     assert "skorch failed" in capsys.readouterr().err
 
 
