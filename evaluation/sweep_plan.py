@@ -219,7 +219,12 @@ class _Planner:
         own = DEFAULT_RETRIEVERS[LEVELS[level]]
         if own == "uniform":
             return (own,)
-        return self._spec.retrievers or (SEARCHED if LEVELS[level] in SEARCHES else own,)
+        searches = LEVELS[level] in SEARCHES
+        if "static" in self._spec.retrievers and not searches:
+            raise SpecError(
+                f"retrievers: static is a set that a search chooses, and -{level} does not search; take -O2"
+            )
+        return self._spec.retrievers or (SEARCHED if searches else own,)
 
     def _can_search(self, ask: Ask) -> bool:
         data = self._data.train.subset(ask.n or 0, seed=ask.seed)

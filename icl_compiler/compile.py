@@ -4,7 +4,7 @@ Nothing here runs the base model; only its tokenizer is read, and the encoder un
 coverage.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -24,6 +24,7 @@ from icl_compiler.templates import EncodedTemplate, Template
 from icl_compiler.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer
 from retrievers.encoder import SentenceEncoder
 from retrievers.retriever import Resources, Retriever
+from retrievers.static import Static
 
 Notify = Callable[[str], object]
 """Called with a sentence about the pass that begins."""
@@ -57,6 +58,7 @@ def compile_program(
     """Make a program of `data` for the frozen `model`.
 
     Args:
+        retriever: name in the table, or `package.module:Class`; `static` is a random set until a search chooses one.
         template: name in `prompts/` or path of a Jinja file; by default the plain one for the task.
         shots: most shots in a prompt; 0 for none. By default 16, and with a fixed block as many as fit.
         budget: most tokens in a prompt, its answer included.
@@ -208,8 +210,7 @@ def with_pool(program: Program, data: Dataset) -> Program:
             "no row is left in the program's pool: all of them stand in the test data too; "
             "evaluate on texts that the pool does not hold"
         )
-    index = new_retriever(program.settings.retriever, encoder=program.settings.encoder, seed=program.settings.seed)
-    index.fit(data.texts)
+    index = refitted(program, data.texts)
     place = {text: row for row, text in enumerate(data.texts)}
     places = np.array([place.get(text, -1) for text in program.pool.data.texts], dtype=np.int64)
     bare = replace(program, pool=encode_pool(program.template, data), retriever=index)
@@ -237,6 +238,15 @@ def with_dense(program: Program) -> Program:
     voters = new_retriever("dense", encoder=program.settings.encoder, seed=program.settings.seed)
     voters.fit(program.pool.data.texts)
     return replace(program, voters=voters)
+
+
+def refitted(program: Program, texts: Sequence[str]) -> Retriever:
+    """A retriever like the program's, over other texts; a set that was chosen stays chosen."""
+    index = new_retriever(program.settings.retriever, encoder=program.settings.encoder, seed=program.settings.seed)
+    if isinstance(program.retriever, Static) and isinstance(index, Static):
+        index.choose(program.retriever.chosen)
+    index.fit(texts)
+    return index
 
 
 def without_rows(program: Program, texts: Collection[str]) -> tuple[Program, int]:

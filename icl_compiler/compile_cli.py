@@ -85,7 +85,8 @@ if TYPE_CHECKING:
     show_default="dense; uniform at -O0",
     help="How the shots for a text are found: dense (by meaning), bm25 (by words), hybrid (both), mmr or dpp (near, "
     "and unlike each other), coverage (together they hold the words of the text), cluster (its theme first), or the "
-    "same for every text: votek (typical and diverse), uniform (random).",
+    "same for every text: votek (typical and diverse), uniform (random), static (a set that -O2 chooses on held-out "
+    "rows).",
 )
 @click.option(
     "--encoder",
@@ -254,6 +255,8 @@ def compile_command(
             f"-O{level} runs no model without --calibration; --backend, --server, --in-flight and --dtype are for it, "
             "and for -O2 and -O3"
         )
+    if not searches and retriever == "static":
+        raise click.UsageError(f"-O{level} chooses no set of shots; --retriever static is for -O2 and -O3")
     require_replaceable(output, kind="program")
     if not searches and calibration == "none" and reference:
         raise click.UsageError("--reference says what to calibrate towards; give --calibration auto too, or -O2")

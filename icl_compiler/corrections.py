@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from icl_compiler.compile import new_retriever
+from icl_compiler.compile import new_retriever, refitted
 from icl_compiler.data import Dataset, normalise_text
 from icl_compiler.errors import LabelError
 from icl_compiler.program import Pool, Program, encode_pool
@@ -160,14 +160,14 @@ def _with_rows(program: Program, new: Sequence[tuple[str, str]]) -> Program:
     whole = replace(data, texts=data.texts + texts, answers=data.answers + answers)
     pool = Pool(whole, np.concatenate([tokens, more.tokens]), np.concatenate([offsets, offsets[-1] + more.offsets[1:]]))
     settings = program.settings
-    retriever = new_retriever(settings.retriever, encoder=settings.encoder, seed=settings.seed)
-    found: Retriever = retriever
     voters = program.voters
+    found: Retriever
     if isinstance(program.retriever, Dense):
+        retriever = new_retriever(settings.retriever, encoder=settings.encoder, seed=settings.seed)
         retriever.fit(texts)
         found = Joined(program.retriever, retriever, rows=len(data))
     else:
-        retriever.fit(whole.texts)
+        found = refitted(program, whole.texts)
     if voters is not None:
         more_voters = new_retriever("dense", encoder=settings.encoder, seed=settings.seed)
         more_voters.fit(texts)

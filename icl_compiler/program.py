@@ -37,7 +37,7 @@ from retrievers.dense import Dense
 from retrievers.joined import Joined
 from retrievers.retriever import Hits, Retriever
 
-SAME_FOR_ALL = ("uniform", "votek")
+SAME_FOR_ALL = ("uniform", "votek", "static")
 """Retrievers that find the same rows for every text."""
 _SPARE = 8  # rows more than vote, of which some may be the query itself
 

@@ -22,6 +22,7 @@ RETRIEVERS: Mapping[str, str] = {
     "coverage": "retrievers.coverage:Coverage",
     "cluster": "retrievers.cluster:Cluster",
     "votek": "retrievers.votek:VoteK",
+    "static": "retrievers.static:Static",
 }
 CALIBRATIONS: Mapping[str, str] = {  # the simplest first: of those that are equally good, it is chosen
     "none": "icl_compiler.calibration.methods:none",

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 from zlib import crc32
 
 import numpy as np
@@ -15,6 +16,7 @@ from icl_compiler.backends.echo import EchoBackend
 from icl_compiler.compile import compile_program, with_pool
 from icl_compiler.corrections import Corrector
 from icl_compiler.data import Dataset
+from icl_compiler.optimise import judges, levels
 from icl_compiler.optimise.level_three import set_apart
 from icl_compiler.optimise.levels import optimise
 from icl_compiler.optimise.shot_utility import Utilities, fit
@@ -186,6 +188,18 @@ def test_a_row_that_helps_whoever_asks_is_known():
     found, correlation = fit(Utilities(rows, rng.normal(size=(*rows.shape, 6)), worth))
     assert found[6] > 0.5
     assert correlation > 0.9
+
+
+def test_half_of_the_time_is_left_for_what_comes_after_level_2(monkeypatch):
+    backend = ListensToLongShots()
+    clock = SimpleNamespace(monotonic=lambda: float(sum(backend.prompts.values())))  # a second a prompt
+    for module in (judges, levels):
+        monkeypatch.setattr(module, "time", clock)
+    _, trace = optimise(base(), backend, level=3, queries=10**5, time_limit_s=1200.0, calibrations=["none"])
+    last_of_2 = max(i for i, row in enumerate(trace) if row.get("race") in ("shots", "order, labels and template"))
+    assert trace[0]["time_was_up"]
+    assert any(row.get("race") == "instruction" and row["queries"] > 10 for row in trace[last_of_2:])
+    assert sum(backend.prompts.values()) < 1300
 
 
 def test_no_row_is_both_learned_from_and_judged_by():

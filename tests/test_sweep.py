@@ -305,6 +305,7 @@ def test_what_it_would_do_is_told_without_a_model(tiny: str, words: Path, tmp_pa
         ({"sizes": [999]}, "words: a size of 999 exceeds the 60 rows of train"),
         ({"queries": 99}, "words: 99 queries exceed the 12 rows of test"),
         ({"retrievers": "bm52"}, "retrievers: unknown name 'bm52'. Did you mean 'bm25'?"),
+        ({"retrievers": "static", "levels": "O1"}, "static is a set that a search chooses, and -O1 does not search"),
         ({"baselines": ["flor"]}, "unknown name 'flor'. Did you mean 'floor'?"),
         ({"levels": ["O1", "O9"]}, "levels: unknown name 'O9'. Available: O0, O1"),
         ({"level": 95}, "level should be a number above 0 and below 1, is 95"),

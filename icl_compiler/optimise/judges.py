@@ -72,7 +72,7 @@ class Asker:
     """Asks the model, through a log, until a deadline.
 
     Args:
-        deadline: of `time.monotonic`, in seconds.
+        deadline: of `time.monotonic`, in seconds; an attribute too, which may be moved.
         progress: called with the number of prompts that are new to this search.
     """
 
@@ -81,7 +81,7 @@ class Asker:
     ) -> None:
         self.backend = backend
         self.log = log
-        self._deadline = deadline
+        self.deadline = deadline
         self._progress = progress
 
     def ask(
@@ -94,7 +94,7 @@ class Asker:
         """
         found: list[Answer] = []
         for first in range(0, len(prompts), CHUNK):
-            if time.monotonic() > self._deadline:
+            if time.monotonic() > self.deadline:
                 raise OutOfTime
             before = self.log.asked
             identity = f"{self.backend.model}, {self.backend.device}, {about}"

@@ -1,7 +1,7 @@
 """What -O3 does after -O2: instructions, a learned reranker, averages over prompts, raced against what -O2 found.
 
-- Half of the budget is -O2's. A quarter at most pays for single shots, from which a reranker is learned
-  (`shot_utility`).
+- Half of the budget, and of the time, is -O2's. A quarter at most pays for single shots, from which a reranker is
+  learned (`shot_utility`).
 - All go on from the winner of -O2, which is always among them.
 - An average over 2 or 4 prompts deals out as many shots as before, so that each prompt has a half or a quarter of them;
   instruction and query are read as often as there are prompts, and each prompt counts as a model call.

@@ -6,6 +6,7 @@
     -O3   -O2, and then instructions, a learned reranker and averages over prompts: see `level_three`
 
 - What the user names is not searched: `--retriever bm25 -O2` looks for the best program with bm25.
+- `--retriever static` has the search choose one set for all texts (`static_sets`); it is not tried unless it is named.
 - -O2 starts from -O1, and compares with it once more at the end.
 - From -O2 on a program of labels is calibrated with what the search has asked already; the mixture of model and votes
   is among the candidates, so that the neighbours alone are.
@@ -30,6 +31,7 @@ from icl_compiler.optimise.level_three import OF_LEVEL_2, Apart, level_3, set_ap
 from icl_compiler.optimise.racing import OutOfTime
 from icl_compiler.optimise.score_log import ScoreLog
 from icl_compiler.optimise.search import Races, Space
+from icl_compiler.optimise.static_sets import choose_set
 from icl_compiler.optimise.variants import Variant, Variants
 from icl_compiler.predictor import Predictor
 from icl_compiler.program import Program
@@ -41,6 +43,8 @@ TEMPLATES = {"classification": ("classify", "classify_chat"), "generation": ("ge
 QUERIES = {2: 1500, 3: 3000}
 """Model calls of a search, if nothing else is said, by its level."""
 LEAST_ROWS = 8
+OF_STATIC = 0.6
+"""Share of what -O2 may ask that goes into a static set, where one is wanted."""
 
 
 class Optimised(NamedTuple):
@@ -102,10 +106,18 @@ def optimise(
         judge = LabelJudge(asker, base, rows, calibration=after, reference=reference)
     else:
         judge = TargetJudge(asker, base, rows, metric)
-    races = Races(variants, judge, int(OF_LEVEL_2 * queries) if level == 3 else queries)
-    found = races.level_2(space)
+    first = int(OF_LEVEL_2 * queries) if level == 3 else queries
+    chosen = int(OF_STATIC * first) if base.settings.retriever == "static" else 0
+    races = Races(variants, judge, first - chosen)
     if level == 3:
-        races.left += queries - int(OF_LEVEL_2 * queries)
+        asker.deadline = started + OF_LEVEL_2 * time_limit_s
+    found = races.level_2(space)
+    if found.retriever == "static":
+        races.left += chosen
+        found = choose_set(races, found)
+    if level == 3:
+        asker.deadline = started + time_limit_s
+        races.left += queries - first
         found = level_3(races, found, asker, learned_from, fixed=fixed)
     program, trace = laid_out(variants.program(found)), races.trace
     if isinstance(judge, LabelJudge):
@@ -164,7 +176,7 @@ def _space(variants: Variants, fixed: frozenset[str]) -> Space:
     powers = [0, *(2**i for i in range((variants.most_shots() - 1).bit_length() + 1))]
     labelled = bool(variants.base.labels)
     return Space(
-        retrievers=[settings.retriever] if "retriever" in fixed else list(RETRIEVERS),
+        retrievers=[settings.retriever] if "retriever" in fixed else [name for name in RETRIEVERS if name != "static"],
         shots=[settings.shots] if "shots" in fixed else powers,
         orders=[own.order] if "order" in fixed else [o for o in get_args(Order) if labelled or o != "by-label"],
         per_label=[own.per_label] if "per_label" in fixed or not labelled else [0, 1],

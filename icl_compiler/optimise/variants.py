@@ -13,6 +13,7 @@ from icl_compiler.program import SAME_FOR_ALL, Pool, Program, encode_pool
 from icl_compiler.selection import Order
 from icl_compiler.templates import EncodedTemplate, Template
 from retrievers.retriever import Retriever
+from retrievers.static import Static
 
 
 class Variant(NamedTuple):
@@ -31,6 +32,8 @@ class Variant(NamedTuple):
     """Name of one that stands in place of the template's own."""
     rerank: bool = False
     ensembles: int = 1
+    rows: tuple[int, ...] = ()
+    """Of a static set that was chosen."""
 
     def __str__(self) -> str:
         written = f"{self.template}{', instruction ' * bool(self.instruction)}{self.instruction}"
@@ -38,6 +41,8 @@ class Variant(NamedTuple):
             return f"no shots, {written}"
         labels = f", {self.per_label} per label" if self.per_label else ""
         found = f"{self.retriever}{' reranked' * self.rerank}"
+        if self.rows:
+            found += f" set {' '.join(map(str, self.rows[:4]))}{' ...' * (len(self.rows) > 4)}"
         several = f"{self.ensembles} prompts of " * (self.ensembles > 1)
         return f"{found}, {several}{self.shots} shot{'s' * (self.shots != 1)}, {self.order}{labels}, {written}"
 
@@ -47,7 +52,9 @@ class Variant(NamedTuple):
 
     def distinct(self) -> "Variant":
         """One for all that write the same prompts: without shots nothing depends on how they would be found."""
-        return self if self.shots else self.found_by("uniform")._replace(per_label=0, rerank=False, ensembles=1)
+        return (
+            self if self.shots else self.found_by("uniform")._replace(per_label=0, rerank=False, ensembles=1, rows=())
+        )
 
 
 class Variants:
@@ -86,8 +93,9 @@ class Variants:
                 self.base.settings, retriever=variant.retriever, shots=variant.shots, order=variant.order,
                 per_label=variant.per_label, ensembles=variant.ensembles,
             )  # fmt: skip
+            index = self.index(variant.retriever, variant.rows)
             program = replace(
-                self.base, settings=settings, template=encoded, pool=pool, retriever=self._index(variant.retriever),
+                self.base, settings=settings, template=encoded, pool=pool, retriever=index,
                 blocks=None, expected=None, reranker=None,
             )  # fmt: skip
             if variant.rerank and self.reranker is not None:
@@ -134,10 +142,15 @@ class Variants:
             self._templates[name, instruction] = (encoded, encode_pool(encoded, self.base.pool.data))
         return self._templates[name, instruction]
 
-    def _index(self, name: str) -> Retriever:
-        if name not in self._indexes:
-            settings = self.base.settings
+    def index(self, name: str, rows: Sequence[int] = ()) -> Retriever:
+        """The retriever of this name over the pool; of `static` that with the set of these `rows`."""
+        if rows or name not in self._indexes:
+            settings, texts = self.base.settings, self.base.pool.data.texts
             index = new_retriever(name, encoder=settings.encoder, seed=settings.seed)
-            index.fit(self.base.pool.data.texts)
+            if rows and isinstance(index, Static):
+                index.choose([texts[row] for row in rows])
+            index.fit(texts)
+            if rows:
+                return index
             self._indexes[name] = index
         return self._indexes[name]
