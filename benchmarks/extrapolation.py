@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from evaluation.crossover import crossover
-from evaluation.curves import FittedCurve, Points, fitted_curve
+from evaluation.curve_points import Points
+from evaluation.curves import FittedCurve, fitted_curve
 
 ITEMS = 250
 

@@ -43,7 +43,8 @@ def crossover(first: FittedCurve, second: FittedCurve) -> Crossover:
     Raises:
         EvaluationError: curves of other levels or numbers of resamples, or without sizes in common.
 
-    >>> from evaluation.curves import Points, fitted_curve
+    >>> from evaluation.curve_points import Points
+    >>> from evaluation.curves import fitted_curve
     >>> sizes = np.array([1, 4, 16, 64, 256])
     >>> flat, steep = (Points.from_queries(sizes, np.full((50, 5), gaps)) for gaps in (0.2 + 0 * sizes, sizes**-0.5))
     >>> fits = [fitted_curve(each, rng=np.random.default_rng(0), resamples=10) for each in (flat, steep)]

@@ -7,8 +7,8 @@
   be the larger one: nothing forces a curve to fall, and gaps that go up and down are fitted as they are.
 - Weighted least squares without randomness (`curve_fitting`): c and n_c are searched, the two ends are then exact.
 - Intervals are APPROXIMATE: percentiles of a bootstrap that draws whole queries, since all sizes are asked the same
-  ones (Efron 1979). They take the form for granted, and the weights as they are. For plans and plots; claims rest on
-  `evaluation.verdict`.
+  ones (Efron 1979), and seeds where there are several (`curve_points`).
+  They take the form for granted, and the weights as they are. For plans and plots; claims rest on `evaluation.verdict`.
 - What a curve says beyond the sizes measured is a guess, and comes with a warning.
 """
 
@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
-from scipy.special import ndtri, stdtrit
+from jaxtyping import Float
+from scipy.special import stdtrit
 
 from evaluation.curve_fitting import Form, fitted_parameters, sizes_within, slopes_of, values_of
+from evaluation.curve_points import Points, check_part, normal_quantile, resampled_means
 from evaluation.intervals import Interval
 from icl_compiler.errors import EvaluationError
 
@@ -76,82 +77,6 @@ class ExamplesUntil(NamedTuple):
     low: int | None
     high: int | None
     warning: str | None
-
-
-@dataclass(frozen=True, eq=False)
-class Points:
-    """Mean gaps at several numbers of examples, with standard errors: what a curve is fitted to.
-
-    Attributes:
-        sizes: numbers of examples, at least two, at least 1, strictly increasing.
-        gaps: the mean gap at each size, in [0, 1].
-        errors: their standard errors, above 0; a fit weighs a size by 1 / error^2.
-        per_query: the gap of each query at each size, where known: the same queries at every size.
-    """
-
-    sizes: Int[np.ndarray, " sizes"]
-    gaps: Float[np.ndarray, " sizes"]
-    errors: Float[np.ndarray, " sizes"]
-    per_query: Float[np.ndarray, "queries sizes"] | None = None
-
-    def __post_init__(self) -> None:
-        if len(self.sizes) < 2 or self.sizes.min() < 1 or bool((np.diff(self.sizes) <= 0).any()):
-            raise EvaluationError(
-                f"sizes should be at least two, at least 1 and strictly increasing, are {self.sizes.tolist()}; "
-                "zero shots are another prompt"
-            )
-        _check_gaps(self.gaps)
-        if not bool(((self.errors > 0) & (self.errors < math.inf)).all()):
-            raise EvaluationError(
-                f"standard errors should be above 0 and finite, are {self.errors.tolist()}; "
-                "an interval without width would weigh infinitely"
-            )
-
-    @classmethod
-    def from_queries(cls, sizes: Int[np.ndarray, " sizes"], per_query: Float[np.ndarray, "queries sizes"]) -> "Points":
-        """Points from the gap of each query (row) at each size (column), in [0, 1]: the better source.
-
-        The variance counts one query more, at distance 1/2 from the mean, as `evaluation.intervals.betting` does: so
-        a size where all gaps are alike, perhaps 0, does not weigh infinitely.
-
-        Raises:
-            EvaluationError: sizes or gaps that `Points` does not take, fewer than two queries.
-
-        >>> Points.from_queries(np.array([4, 64]), np.array([[0.5, 0.2], [0.3, 0.2]])).gaps
-        array([0.4, 0.2])
-        """
-        rows = per_query.astype(np.float64)
-        queries = len(rows)
-        if queries < 2:
-            raise EvaluationError(f"a curve needs at least two queries, there are {queries}")
-        _check_gaps(rows)
-        squares = ((rows - rows.mean(axis=0)) ** 2).sum(axis=0)
-        return cls(sizes, rows.mean(axis=0), np.sqrt((0.25 + squares) / (queries + 1) / queries), rows)
-
-    @classmethod
-    def from_intervals(
-        cls,
-        sizes: Int[np.ndarray, " sizes"],
-        gaps: Float[np.ndarray, " sizes"],
-        lows: Float[np.ndarray, " sizes"],
-        highs: Float[np.ndarray, " sizes"],
-        *,
-        level: float = 0.95,
-    ) -> "Points":
-        """Points from means and intervals alone, as rows of measurements have them.
-
-        A standard error is half the width over the normal quantile. The sizes then count as independent, which they
-        are not if they share queries: intervals of slopes are too wide, those of the floor may be too narrow.
-
-        Raises:
-            EvaluationError: sizes or gaps that `Points` does not take, an interval without width.
-
-        >>> sizes, gaps = np.array([4, 64]), np.array([0.4, 0.2])
-        >>> Points.from_intervals(sizes, gaps, gaps - 0.098, gaps + 0.098).errors.round(4)
-        array([0.05, 0.05])
-        """
-        _check_part("level", level)
-        return cls(sizes, gaps.astype(np.float64), (highs - lows).astype(np.float64) / 2 / _quantile(level))
 
 
 @dataclass(frozen=True)
@@ -297,7 +222,7 @@ class FittedCurve:
         >>> curve.examples_until(0.2), curve.examples_until(0.1).n
         (ExamplesUntil(n=16, low=16, high=16, warning=None), None)
         """
-        _check_part("epsilon", epsilon)
+        check_part("epsilon", epsilon)
         form, least = self.fit.curve.form, float(self.points.sizes[0])
         n = _whole(float(sizes_within(form, self.fit.curve._row(), epsilon, least)[0]))
         low, high = _percentiles(sizes_within(form, self.resampled, epsilon, least), self.level)
@@ -381,8 +306,9 @@ def fitted_curve(
 ) -> FittedCurve:
     """The fitted curve (of `best_fit`, or of a given form) with bootstrap intervals at `level`: APPROXIMATE.
 
-    Draws whole queries with replacement and fits the form again, to the means of all sizes at once: what queries have
-    in common across sizes stays. Without gaps per query, draws each mean from a normal law by itself.
+    Draws whole queries with replacement, and whole seeds where there are several, and fits the form again, to the means
+    of all sizes at once: what queries or seeds have in common across sizes stays. Without gaps per query, draws each
+    mean from a normal law by itself.
 
     Raises:
         EvaluationError: a form that `fit` refuses, `level` outside (0, 1), no `resamples`.
@@ -394,11 +320,11 @@ def fitted_curve(
     >>> bool(low < 0.51 and high > 0.49)
     True
     """
-    _check_part("level", level)
+    check_part("level", level)
     if resamples < 1:
         raise EvaluationError(f"resamples should be >= 1, is {resamples}")
     found = best_fit(points) if form is None else fit(points, form)
-    means = _resampled_means(points, resamples, rng)
+    means = resampled_means(points, resamples, rng)
     sizes = points.sizes.astype(np.float64)
     parameters, _ = fitted_parameters(found.curve.form, sizes, means, points.errors, _exponents(points))
     return FittedCurve(points, found, level, parameters)
@@ -422,7 +348,7 @@ def slope(points: Points, *, level: float = 0.95) -> Estimate:
     >>> round(slope(Points.from_queries(sizes, gaps)).value, 6)
     -0.5
     """
-    _check_part("level", level)
+    check_part("level", level)
     if not bool((points.gaps > 0).all()):
         size = points.sizes[int(points.gaps.argmin())]
         raise EvaluationError(f"the gap with {size:,} examples is 0, which has no logarithm: leave that size out")
@@ -432,7 +358,7 @@ def slope(points: Points, *, level: float = 0.95) -> Estimate:
     shares = weights * centred / (weights * centred**2).sum()
     value = float((shares * np.log(points.gaps)).sum())
     if points.per_query is None:
-        radius = _quantile(level) * math.sqrt(float(((shares * relative) ** 2).sum()))
+        radius = normal_quantile(level) * math.sqrt(float(((shares * relative) ** 2).sum()))
     else:
         queries = len(points.per_query)
         terms = ((points.per_query - points.gaps) / points.gaps) @ shares
@@ -444,20 +370,6 @@ def _exponents(points: Points) -> tuple[float, float]:
     return EXPONENTS if len(points.sizes) >= ENOUGH_SIZES else FEW_EXPONENTS
 
 
-def _resampled_means(points: Points, resamples: int, rng: np.random.Generator) -> Float[np.ndarray, "resamples sizes"]:
-    if points.per_query is None:
-        drawn = rng.normal(points.gaps, points.errors, (resamples, len(points.gaps)))
-    else:
-        queries = len(points.per_query)
-        drawn = np.empty((resamples, len(points.gaps)))
-        rows = max(1, 2**22 // queries)
-        for start in range(0, resamples, rows):
-            times = rng.multinomial(queries, np.full(queries, 1 / queries), size=min(rows, resamples - start))
-            drawn[start : start + rows] = times @ points.per_query / queries
-    means: Float[np.ndarray, "resamples sizes"] = np.clip(drawn, 0.0, 1.0)
-    return means
-
-
 def _whole(n: float) -> int | None:
     # 4 / 0.1 is 40, whatever the last digit says.
     return math.ceil(n * (1 - 1e-6)) if n <= MOST_EXAMPLES else None
@@ -467,21 +379,6 @@ def _percentiles(values: Float[np.ndarray, " resamples"], level: float) -> Range
     # Ranks rounded outward, without arithmetic between values: some may be infinite.
     ordered, tail = np.sort(values), (1 - level) / 2 * (len(values) - 1)
     return Range(float(ordered[math.floor(tail)]), float(ordered[math.ceil(len(values) - 1 - tail)]))
-
-
-def _quantile(level: float) -> float:
-    return float(ndtri(0.5 + level / 2))
-
-
-def _check_part(name: str, part: float) -> None:
-    if not 0 < part < 1:
-        raise EvaluationError(f"{name} should be between 0 and 1, both excluded, is {part}")
-
-
-def _check_gaps(gaps: Float[np.ndarray, "*shape"]) -> None:
-    right = (gaps >= 0) & (gaps <= 1)
-    if not right.all():
-        raise EvaluationError(f"gaps should be in [0, 1], one is {gaps[~right][0]}")
 
 
 def _check_n(n: int) -> None:

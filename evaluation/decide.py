@@ -17,7 +17,8 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from evaluation.bounds import n_tv
-from evaluation.curves import FittedCurve, Points, fitted_curve
+from evaluation.curve_points import Points
+from evaluation.curves import FittedCurve, fitted_curve
 from evaluation.formatting import brackets, counted, joined, one_line, with_interval
 from evaluation.intervals import Interval
 from evaluation.measurement import Measurement

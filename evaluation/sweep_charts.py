@@ -1,21 +1,25 @@
 """The plots that a sweep adds to a report: the fitted curve beside the bounds, and the calibration of the prompt.
 
-- The curve is that of the head's program: its rows that differ in their number of examples only. Beyond the sizes
-  measured it is dotted, with its band, and ends at four times the largest.
+- The curve is that of the head's program: its rows that differ in their number of examples only, and those of other
+  seeds where they have every size. Beyond the sizes measured it is dotted, with its band, and ends at four times the
+  largest.
 - The bounds are about a learner without prior, on a single query: a yardstick, not limits of a prompt. The paper's
   orders have no constant; they are drawn with 1, dashed, and called so.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
+from jaxtyping import Float
 
 from evaluation.bounds import assouad_lower, laplace_tv, sharma_s1, sharma_s4
 from evaluation.charts import Figure, Plot, colour, error_bars, marker, new_figure
 from evaluation.crossover import crossover
-from evaluation.curves import BASELESS, FittedCurve, Points, fitted_curve
+from evaluation.curve_points import Points
+from evaluation.curves import BASELESS, FittedCurve, fitted_curve
 from evaluation.decide import ENOUGH_SIZES, SETTINGS, Decision, decide
 from evaluation.formatting import counted, share
 from evaluation.intervals import Interval
@@ -27,18 +31,27 @@ _PLACES = 41
 
 def line_of(group: Group) -> list[Measurement]:
     """The rows of the head's program, by their number of examples; none without a head."""
+    return next(iter(lines_of(group)), [])
+
+
+def lines_of(group: Group) -> list[list[Measurement]]:
+    """The rows of the head's program for each seed that has all sizes of the head's, which comes first."""
     head = group.head
-    same = [
-        row
-        for row in group.rows
-        if head is not None
-        and row.series == "program"
-        and row.gap is not None
-        and row.n_examples
-        and all(getattr(row, field) == getattr(head, field) for field in SETTINGS)
-    ]
-    by_size = {row.n_examples: row for row in same}
-    return [by_size[n] for n in sorted(by_size, key=lambda n: n or 0)]
+    if head is None:
+        return []
+    found: dict[int | None, dict[int, Measurement]] = {head.seed: {}}
+    for row in group.rows:
+        measured = row.series == "program" and row.gap is not None and row.n_examples
+        if measured and _settings(row) == _settings(head):
+            found.setdefault(row.seed, {})[row.n_examples or 0] = row
+    sizes = sorted(found[head.seed])
+    return [[by_size[n] for n in sizes] for by_size in found.values() if set(sizes) <= set(by_size)]
+
+
+def _settings(row: Measurement) -> list[object]:
+    """What makes it another program; its seed, which the reference names too, does not."""
+    kept = [getattr(row, field) for field in SETTINGS if field not in ("seed", "reference")]
+    return [*kept, re.sub(r", seed \d+", "", row.reference or "")]
 
 
 def decision_of(group: Group, epsilon: float) -> Decision | None:
@@ -58,22 +71,19 @@ def crossing_of(group: Group, raw: Mapping[int, Row]) -> str | None:
 
     From fitted curves of the error, so from four sizes on, of a sweep with references on the same examples.
     """
-    line = line_of(group)
+    lines = lines_of(group)
+    line = next(iter(lines), [])
     if len(line) < ENOUGH_SIZES or len({row.reference_examples for row in line}) < len(line):
         return None
-    bits = [[str(raw[id(row)].get(name) or "") for row in line] for name in ("correct", "reference_correct")]
-    if any(len(each) != len(bits[0][0]) or len(each) < 2 for some in bits for each in some):
-        return None
     sizes = np.array([row.n_examples for row in line])
-    prompt, tuned = (
-        fitted_curve(
-            Points.from_queries(sizes, np.array([[float(bit == "0") for bit in each] for each in some]).T),
-            rng=np.random.default_rng(0),
-            level=line[0].level or 0.95,
-        )
-        for some in bits
-    )
-    found = crossover(prompt, tuned)
+    fits = []
+    for name in ("correct", "reference_correct"):
+        wrong = _of_queries(lines, raw, name)
+        if wrong is None:
+            return None
+        points = Points.from_seeds(sizes, wrong)
+        fits.append(fitted_curve(points, rng=np.random.default_rng(0), level=line[0].level or 0.95))
+    found = crossover(*fits)
     if found.n is None:
         better = "the prompt" if found.first_is_lower else "fine-tuning"
         known = "" if found.low is None else f"; the interval of where they cross begins at {found.low:,} examples"
@@ -88,13 +98,14 @@ def crossing_of(group: Group, raw: Mapping[int, Row]) -> str | None:
 
 def sweep_plots(group: Group, raw: Mapping[int, Row]) -> list[Plot]:
     """What a sweep adds to the plots of a group; `raw` are its rows as they were read, by the `id` of each."""
-    line = line_of(group)
+    lines = lines_of(group)
+    line = next(iter(lines), [])
     found = []
     if len(line) >= 2 and all(row.gap_low is not None and row.gap_high is not None for row in line):
-        curve = _curve(line, raw)
+        curve = _curve(lines, raw)
         labels = next((row.n_labels for row in group.rows if row.n_labels), None)
         if curve is not None or labels is not None:
-            found.append(_against_bounds(group, line, curve, labels))
+            found.append(_against_bounds(group, lines, curve, labels))
     head = group.head
     bins = raw[id(head)].get("reliability") if head is not None else None
     if isinstance(bins, Sequence) and bins:
@@ -102,26 +113,43 @@ def sweep_plots(group: Group, raw: Mapping[int, Row]) -> list[Plot]:
     return found
 
 
-def _curve(line: Sequence[Measurement], raw: Mapping[int, Row]) -> FittedCurve | None:
+def _of_queries(
+    lines: Sequence[Sequence[Measurement]], raw: Mapping[int, Row], name: str
+) -> Float[np.ndarray, "seeds queries sizes"] | None:
+    """What the rows say of every query, bits as errors: of all seeds, or else of the head's alone."""
+    for some in (lines, lines[:1]):
+        found = [[raw[id(row)].get(name) for row in line] for line in some]
+        kept = [[each for each in one if isinstance(each, list | str) and len(each) > 1] for one in found]
+        if len({len(each) for one in kept for each in one}) == 1 and list(map(len, kept)) == list(map(len, found)):
+            numbers = [[[bit == "0" for bit in x] if isinstance(x, str) else x for x in one] for one in kept]
+            return np.array(numbers, dtype=np.float64).transpose(0, 2, 1)
+    return None
+
+
+def _curve(lines: Sequence[Sequence[Measurement]], raw: Mapping[int, Row]) -> FittedCurve | None:
+    line = lines[0]
     if len(line) < ENOUGH_SIZES:
         return None
     sizes = np.array([row.n_examples for row in line])
     level = line[0].level or 0.95
-    of_queries = [raw[id(row)].get("gaps") for row in line]
     try:
-        if all(isinstance(each, list) for each in of_queries):
-            points = Points.from_queries(sizes, np.array(of_queries, dtype=np.float64).T)
+        of_queries = _of_queries(lines, raw, "gaps")
+        if of_queries is not None:
+            points = Points.from_seeds(sizes, of_queries)
         else:
             gaps, lows, highs = (
                 np.array([getattr(row, name) for row in line]) for name in ("gap", "gap_low", "gap_high")
             )
             points = Points.from_intervals(sizes, gaps, lows, highs, level=level)
         return fitted_curve(points, rng=np.random.default_rng(0), level=level)
-    except (EvaluationError, ValueError):  # gaps of other queries at other sizes
+    except (EvaluationError, ValueError):  # gaps that are no numbers
         return None
 
 
-def _against_bounds(group: Group, line: Sequence[Measurement], curve: FittedCurve | None, labels: int | None) -> Plot:
+def _against_bounds(
+    group: Group, lines: Sequence[Sequence[Measurement]], curve: FittedCurve | None, labels: int | None
+) -> Plot:
+    line = lines[0]
     sizes = [cast(int, row.n_examples) for row in line]
     last = sizes[-1] * BASELESS
     end = float(last) if curve else sizes[-1] * 1.3
@@ -139,22 +167,26 @@ def _against_bounds(group: Group, line: Sequence[Measurement], curve: FittedCurv
     if curve is not None:
         traces += _fit(curve, sizes, end)
         form = curve.fit.curve.form
+        seeds = 1 if curve.points.per_seed is None else len(curve.points.per_seed)
+        pooled = f", of {seeds} seeds," if seeds > 1 else ""
         words = (
-            f" The line is a {form} curve with its {100 * curve.level:g} % bootstrap band (approximate); dotted, it is "
-            f"a guess.{words}"
+            f" The line is a {form} curve{pooled} with its {100 * curve.level:g} % bootstrap band (approximate); "
+            f"dotted, it is a guess.{words}"
         )
+    measured = [row for each in lines for row in each]
     traces.append(
         {
             "type": "scatter",
             "mode": "markers",
-            "x": sizes,
-            "y": [row.gap for row in line],
-            "error_y": error_bars(line, "gap") | {"color": colour(line[0])},
+            "x": [row.n_examples for row in measured],
+            "y": [row.gap for row in measured],
+            "error_y": error_bars(measured, "gap") | {"color": colour(line[0])},
             "marker": marker(line[0], 11),
             "name": "the prompt, measured",
             "showlegend": curve is None,
             "hovertext": [
-                f"{counted(cast(int, row.n_examples), 'example')}<br>gap {share(row.gap, 3)}" for row in line
+                f"{counted(cast(int, row.n_examples), 'example')}<br>gap {share(row.gap, 3)}<br>seed {row.seed}"
+                for row in measured
             ],
             "hoverinfo": "text",
         }

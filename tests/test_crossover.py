@@ -6,7 +6,8 @@ from scipy.optimize import brentq
 
 from benchmarks.extrapolation import extrapolate, published
 from evaluation.crossover import crossover
-from evaluation.curves import Curve, Points, fitted_curve
+from evaluation.curve_points import Points
+from evaluation.curves import Curve, fitted_curve
 from icl_compiler.errors import EvaluationError
 
 SIZES = np.array([8, 32, 128, 512, 2048])

@@ -10,7 +10,8 @@ from hypothesis.extra.numpy import arrays
 from scipy.optimize import least_squares
 
 from evaluation import curves
-from evaluation.curves import FORMS, Curve, Fit, Points, Range, best_fit, fit, fitted_curve, slope
+from evaluation.curve_points import Points, resampled_means
+from evaluation.curves import FORMS, Curve, Fit, Range, best_fit, fit, fitted_curve, slope
 from icl_compiler.errors import EvaluationError
 
 MANY = np.array([1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000])
@@ -223,7 +224,7 @@ def test_the_same_seed_gives_the_same_numbers():
 def test_a_fit_does_not_depend_on_the_others_of_its_batch():
     points = drawn(np.random.default_rng(0), TRUE[0], DOUBLING, 50)
     few, many = bootstrapped(points, resamples=5, form="power"), bootstrapped(points, resamples=300, form="power")
-    means = curves._resampled_means(points, 300, np.random.default_rng(0))
+    means = resampled_means(points, 300, np.random.default_rng(0))
     alone = fit(Points(DOUBLING, means[299], points.errors), many.fit.curve.form).curve
     n = np.array([50.0])
     there = Curve(many.fit.curve.form, *map(float, many.resampled[299])).at(n)
@@ -498,3 +499,24 @@ def test_arguments_that_are_refused():
     for ask in (found.predict, found.slope_at):
         with pytest.raises(EvaluationError, match="n should be >= 1 examples, is 0"):
             ask(0)
+
+
+def test_seeds_are_a_level_of_the_bootstrap():
+    """The spread of resampled means against that of the means of a design with two crossed factors."""
+    rng = np.random.default_rng(0)
+    queries, seeds = 200, 4
+    of_query, of_seed = rng.normal(0, 0.1, (1, queries, 1)), rng.normal(0, 0.03, (seeds, 1, 1))
+    gaps = np.clip(0.5 + of_query + of_seed + rng.normal(0, 0.02, (seeds, queries, 3)), 0, 1)
+    points = Points.from_seeds(np.array([1, 4, 16]), gaps)
+    np.testing.assert_allclose(points.gaps, gaps.mean(axis=(0, 1)))
+    between = gaps.mean(axis=1).var(axis=0, ddof=1) / seeds
+    within = gaps.mean(axis=0).var(axis=0, ddof=1) / queries
+    drawn = resampled_means(points, 4000, np.random.default_rng(1))
+    np.testing.assert_allclose(drawn.var(axis=0), between + within, rtol=0.1)
+    np.testing.assert_allclose(points.errors**2, between + within, rtol=0.1)
+    alone = resampled_means(Points.from_queries(points.sizes, gaps.mean(axis=0)), 4000, np.random.default_rng(1))
+    assert (drawn.var(axis=0) > 2 * alone.var(axis=0)).all()
+    assert np.corrcoef(drawn.T).min() > 0.9, "what seeds and queries have in common across sizes stays"
+    one = Points.from_seeds(points.sizes, gaps[:1])
+    np.testing.assert_array_equal(one.errors, Points.from_queries(points.sizes, gaps[0]).errors)
+    assert one.per_seed is None

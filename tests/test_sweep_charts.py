@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from measured_rows import row
 
 from evaluation.bounds import assouad_lower, laplace_tv, sharma_s1, sharma_s4
-from evaluation.curves import Points, fitted_curve
+from evaluation.curve_points import Points
+from evaluation.curves import fitted_curve
 from evaluation.measurement import grouped, measurements
 from evaluation.report import render
 from evaluation.sweep_charts import crossing_of, decision_of, line_of, sweep_plots
@@ -96,6 +97,31 @@ def test_the_curve_is_that_of_the_queries_and_ends_at_four_times_the_largest_siz
     assert "4.0 times the largest size measured" in dotted["hovertext"][-1]
     assert by_name["the prompt, measured"]["x"] == list(SIZES)
     assert "approximate" in plot.caption
+
+
+def test_a_curve_pools_the_seeds_that_have_all_sizes():
+    given = rows(seeds=(0, 1, 2), budgets=(1024,))
+    rng = np.random.default_rng(1)
+    given = [
+        each | {"gaps": np.clip(np.array(each["gaps"]) + rng.normal(0, 0.03), 0, 1).tolist()}
+        if "gaps" in each
+        else each
+        for each in given
+    ]
+    for each in given:
+        if each["series"] == "program":
+            each["reference"] = f"full fine-tuning, seed {each['seed']}, 1000 examples"
+    given = [each for each in given if (each["seed"], each["n_examples"]) != (2, 64)]
+    group, raw = one_group(given)
+    [plot, _] = sweep_plots(group, raw)
+    by_name = {trace["name"]: trace for trace in plot.figure["data"] if "name" in trace}
+    gaps = np.array([[each["gaps"] for each in given if each["seed"] == seed and "gaps" in each] for seed in (0, 1)])
+    points = Points.from_seeds(np.array(SIZES), gaps.transpose(0, 2, 1))
+    curve = fitted_curve(points, rng=np.random.default_rng(0))
+    assert by_name["extrapolation: a guess"]["y"][-1] == curve.predict(4096).gap
+    assert by_name["the prompt, measured"]["x"] == [*SIZES, *SIZES]
+    assert "curve, of 2 seeds," in plot.caption
+    assert {row.seed for row in line_of(group)} == {group.head.seed} == {0}
 
 
 def test_three_sizes_get_no_curve():

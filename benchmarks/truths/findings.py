@@ -19,7 +19,8 @@ from jaxtyping import Float
 from scipy.special import stdtrit
 
 from evaluation import bounds
-from evaluation.curves import Estimate, Points, fitted_curve, slope
+from evaluation.curve_points import Points
+from evaluation.curves import Estimate, fitted_curve, slope
 
 LEVEL = 0.95
 DELTA = 0.05
