@@ -4,7 +4,8 @@
     python -m benchmarks.layouts --datasets banking77
 
 For each dataset the same 1,200 examples are compiled in every layout of `icl compile --layout`, into 1,024 tokens: 16
-shots of the query's own, or blocks as large as fit. Queries are drawn from the test rows (seed 0).
+shots of the query's own, or blocks as large as fit; beside them 4 shots of the query's own, alone and behind a block of
+4 (`LAYOUTS`). Queries are drawn from the test rows (seed 0).
 
 - Tokens are those of the server's own counters: prompt tokens less those from its prefix cache, one request a query,
   which generates its answer. First the beginning of each block is sent once (`warm_up_tokens`), as a server
@@ -38,14 +39,21 @@ HERE = Path(__file__).parent
 ROWS = HERE / "rows" / "layouts.jsonl"
 MODEL = "smollm2-135m"
 DATASETS = ("banking77", "clinc150_oos", "hwu64")
-LAYOUTS = ("mixed", "per-query", "clustered", "shared")
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "per-query": {},
+    "mixed, 8 shots": {"layout": "mixed", "shots": 8, "block_share": 0.5},
+    "per-query, 4 shots": {"shots": 4},
+    "mixed": {"layout": "mixed"},
+    "clustered": {"layout": "clustered"},
+    "shared": {"layout": "shared"},
+}
 EXAMPLES, BUDGET, SEED = 1200, 1024, 0
 
 
-def compiled(train: Dataset, layout: Any) -> Program:
-    """The program of one layout, for the server that `icl vllm` starts here."""
+def compiled(train: Dataset, name: str) -> Program:
+    """The program of one of `LAYOUTS`, for the server that `icl vllm` starts here."""
     block = engine_arguments().get("block_size", 16)
-    return compile_program(train, examples=EXAMPLES, budget=BUDGET, layout=layout, cache_block=block, seed=SEED)
+    return compile_program(train, examples=EXAMPLES, budget=BUDGET, cache_block=block, seed=SEED, **LAYOUTS[name])
 
 
 def measure(program: Program, asked: Dataset, url: str) -> dict[str, object]:
@@ -134,11 +142,12 @@ def paired(correct: list[int], others: list[int]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
+    parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--queries", type=int, default=80)
     given = parser.parse_args()
     data = data_folder(DATASETS)
     done = {(row["dataset"], row["layout"]) for row in measured()}
-    if missing := [(name, layout) for layout in LAYOUTS for name in given.datasets if (name, layout) not in done]:
+    if missing := [(name, layout) for name in given.datasets for layout in given.layouts if (name, layout) not in done]:
         with running_server(MODEL, port=free_port()) as url:
             for name, layout in missing:
                 train, asked = drawn(name, data, given.queries)
