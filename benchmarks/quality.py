@@ -176,7 +176,9 @@ def _told(program: Program) -> Row:
         "shots": settings.shots,
         "order": settings.order,
         "per_label": settings.per_label,
+        "ensembles": settings.ensembles,
         "template": program.template.template.name,
+        "reranker": program.reranker is not None,
         "calibration": program.calibration.describe(),
     }
 
