@@ -40,7 +40,7 @@ from evaluation.gap import gap, reliability
 from evaluation.reference.method import make_method
 from evaluation.reference.trainer import Reference, finetune, load_reference
 from evaluation.row_file import RowFile
-from evaluation.sweep_plan import SEARCHED, Ask, Job, Loaded, Plan, ReferenceJob, load, loop_of
+from evaluation.sweep_plan import SEARCHED, Ask, Job, Loaded, Plan, ReferenceJob, load, loop_of, search_queries
 from evaluation.sweep_spec import LEVELS, SweepSpec
 from icl_compiler.artifact import require_replaceable
 from icl_compiler.backends.backend import Backend, LabelScores, Usage
@@ -229,7 +229,7 @@ class Worker:
             start,
             self._engine,
             fixed=ask.fixed | ({"template"} if self.spec.template else set()),
-            queries=self.spec.search_queries,
+            queries=search_queries(self.spec, ask),
             calibrations=None if ask.calibration == "auto" else ["none" if later else ask.calibration],
             log=log,
         )

@@ -100,8 +100,8 @@ class _NumberOr(click.ParamType[str]):
 @click.option(
     "--search-queries",
     type=WholeNumber(min=1),
-    show_default="1500",
-    help="Most prompts that the search of one cell asks (-O2).",
+    show_default="the level's own",
+    help="Most prompts that the search of one cell asks (-O2 and up).",
 )
 @click.option(
     "--retriever",
@@ -118,7 +118,7 @@ class _NumberOr(click.ParamType[str]):
     type=TableName("calibration", {"auto": "", **CALIBRATIONS}),
     metavar="NAME",
     multiple=True,
-    show_default="none; auto at -O2",
+    show_default="none; auto from -O2 on",
     help="Of the prompt's probabilities: none, auto, or a method.",
 )
 @click.option(

@@ -36,6 +36,7 @@ from icl_compiler.data import Dataset, load_dataset
 from icl_compiler.errors import SpecError, TrainingError
 from icl_compiler.models import EMBEDDED, locate
 from icl_compiler.optimise.levels import DEFAULT_RETRIEVERS, LEAST_ROWS, SEARCHES
+from icl_compiler.optimise.levels import QUERIES as SEARCH_QUERIES
 from icl_compiler.program import encode_pool
 from icl_compiler.templates import EncodedTemplate, Template
 
@@ -288,7 +289,10 @@ class _Planner:
             asked |= {"model": model_identity(self._spec.model), "template": self._template.source}
             asked |= {"backend": self._spec.backend, "dtype": self._spec.dtype}
         if ask.searches:
-            asked |= {"search_queries": self._spec.search_queries, "template_is_named": self._spec.template is not None}
+            asked |= {
+                "search_queries": search_queries(self._spec, ask),
+                "template_is_named": self._spec.template is not None,
+            }
         firsts = dict.fromkeys(first for first, _ in pairs)
         return Job(ask, tuple(Comparison(_hash({**asked, "reference": first.key}), first) for first in firsts))
 
@@ -373,6 +377,11 @@ class _Planner:
         return len(encoded.head) + lengths[place] + longest, self._data.queries.texts[place]
 
 
+def search_queries(spec: SweepSpec, ask: Ask) -> int:
+    """Most prompts that the search of this ask may try."""
+    return spec.search_queries or SEARCH_QUERIES[LEVELS[ask.optimisation or ""]]
+
+
 def loop_of(spec: ReferenceSpec, seed: int) -> LoopSettings:
     """How a reference is trained, as the trainer wants it."""
     rate = spec.learning_rate or make_method(spec.method, dict(spec.settings)).learning_rate
@@ -412,7 +421,7 @@ def estimate(spec: SweepSpec, data: dict[str, Loaded], jobs: list[Job], trained:
                 room = max(0.0, (ask.budget or 0) - head - query)
                 most = ask.n if ask.shots in ("fit", SEARCHED) else min(int(ask.shots or 0), ask.n or 0)
                 held_out = min(QUERIES, ask.n or 0) if ask.calibrates else 0
-                searched = spec.search_queries if ask.searches else 0
+                searched = search_queries(spec, ask) if ask.searches else 0
                 search_prompts += searched
                 asked = len(loaded.queries) + held_out + searched
                 prompts += asked * (head + query + min(room, (most or 0) * shot))

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 from icl_compiler.errors import SpecError
 from icl_compiler.optimise.levels import DEFAULT_RETRIEVERS
-from icl_compiler.optimise.levels import QUERIES as SEARCH_QUERIES
 from icl_compiler.registry import BACKENDS, CALIBRATIONS, METHODS, RETRIEVERS, did_you_mean
 
 BASELINES = ("random shots", "shuffled labels", "zero shots", "neighbours' vote", "floor")
@@ -65,7 +64,7 @@ class SweepSpec:
         sizes: numbers of examples in the pool; "all" is every row of the training data.
         budgets: context lengths, in tokens, the answer included.
         levels: how hard to look for a good prompt, of `LEVELS`.
-        search_queries: most prompts that the search of one cell asks the model.
+        search_queries: most prompts that the search of one cell asks the model; by default the level's own.
         retrievers: by default the level's own, and at a level that searches the one it finds. A level of random shots
             takes none of these.
         shots: most shots in a prompt; "fit" is as many as the budget takes, or as a search finds best.
@@ -80,7 +79,7 @@ class SweepSpec:
     sizes: tuple[Size, ...] = (16, 64, 256, "all")
     budgets: tuple[int, ...] = (1024,)
     levels: tuple[str, ...] = ("O1",)
-    search_queries: int = SEARCH_QUERIES[2]
+    search_queries: int | None = None
     retrievers: tuple[str, ...] = ()
     shots: tuple[Shots, ...] = ("fit",)
     calibrations: tuple[str, ...] = ()

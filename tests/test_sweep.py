@@ -26,7 +26,7 @@ from icl_compiler.cli import main
 from icl_compiler.compile import compile_program
 from icl_compiler.errors import SpecError
 from icl_compiler.models import locate
-from icl_compiler.optimise.levels import optimise
+from icl_compiler.optimise.levels import QUERIES, optimise
 from icl_compiler.optimise.variants import Variants
 from icl_compiler.predictor import open_backend
 
@@ -290,6 +290,9 @@ def test_what_it_would_do_is_told_without_a_model(tiny: str, words: Path, tmp_pa
     levels = [ask["optimisation"] for ask in found["to_do"] if ask["series"] == "program"]
     assert levels == ["O1", "O1", "O2", "O2"]
     assert found["tokens"]["search_prompts"] == 2 * 50
+    own = json.loads(icl("sweep", tmp_path / "sweep.yaml", "-o", "o", "--dry-run", "-O2", "-O3", "--json").stdout)
+    searches = Counter(ask["optimisation"] for ask in own["to_do"])
+    assert own["tokens"]["search_prompts"] == searches["O2"] * QUERIES[2] + searches["O3"] * QUERIES[3] > 0
     shown = icl("sweep", tmp_path / "sweep.yaml", "-o", "o", "--dry-run", *searching).stdout
     assert "2 searches of the best prompt, which ask 100 prompts at most" in shown
 
