@@ -146,12 +146,6 @@ def evaluate(
     dataset = load_dataset(data, text_column=text_column, label_column=label_column, target_column=target_column)
     warnings = list(dataset.warnings)
     writes = loaded.task == "generation"
-    if epsilon is not None and writes:
-        raise click.UsageError("--epsilon is about programs with labels; leave it out, and ask `icl decide --epsilon`")
-    if epsilon is not None and examples:
-        raise click.UsageError(
-            "--epsilon decides about the whole program; leave --examples out, or compile smaller ones"
-        )
     dataset = (draw if epsilon is None else in_random_order)(dataset, queries, seed=seed)
     sizes = pool_sizes(loaded, examples)
     (require_comparable_texts if writes else require_comparable)(loaded, described, dataset)
@@ -166,6 +160,7 @@ def evaluate(
                 dataset,
                 sizes,
                 lengths=Lengths(samples, max_new_tokens),
+                epsilon=epsilon,
                 dataset_name=_dataset_name(data),
                 level=level,
                 series=series,
@@ -187,20 +182,19 @@ def evaluate(
                 progress=progress,
             )
         else:
-            results = [
-                measure_until_decided(
-                    loaded,
-                    open_engine(),
-                    described,
-                    dataset,
-                    epsilon=epsilon,
-                    dataset_name=_dataset_name(data),
-                    level=level,
-                    series=series,
-                    dtype=dtype,
-                    progress=progress,
-                )
-            ]
+            results = measure_until_decided(
+                loaded,
+                open_engine(),
+                described,
+                dataset,
+                sizes,
+                epsilon=epsilon,
+                dataset_name=_dataset_name(data),
+                level=level,
+                series=series,
+                dtype=dtype,
+                progress=progress,
+            )
     warnings += [warning for result in results for warning in result.warnings]
     if len(references) == 1 and baselines:
         warnings.append("the floor was not measured: give a second --reference, trained with another --seed")
@@ -298,18 +292,15 @@ def measure_sizes(
 ) -> "list[Evaluation]":
     """Evaluate the program with pools of several sizes; all baselines with the largest, the vote with every one."""
     from evaluation.evaluate import evaluate as evaluate_program
+    from evaluation.evaluate import with_examples
     from evaluation.float32 import float32_opener
-    from icl_compiler.compile import with_pool
 
     results = []
     for size in sizes:
         largest = size == max(sizes)
-        cut = program
-        if size < len(program.pool.data):
-            cut = with_pool(program, program.pool.data.subset(size, seed=program.settings.seed))
         results.append(
             evaluate_program(
-                cut,
+                with_examples(program, size),
                 engine,
                 answers,
                 data,

@@ -34,7 +34,7 @@ from evaluation.tv import Sandwich
 from icl_compiler.backends.backend import Backend, Progress
 from icl_compiler.calibration.held_out import log_loss
 from icl_compiler.calibration.law import NO_CALIBRATION
-from icl_compiler.compile import new_retriever, without_rows, zero_shot_program
+from icl_compiler.compile import new_retriever, with_pool, without_rows, zero_shot_program
 from icl_compiler.data import Dataset
 from icl_compiler.errors import EvaluationError, ICLError
 from icl_compiler.explanation import written
@@ -220,6 +220,13 @@ def evaluate(
     compared = gap(said, answers.first, level=level, anytime=anytime)
     shown = worst_queries(program, said, answers.first, compared, data, prompts, worst)
     return Evaluation(rows, shown, warnings, per_query)
+
+
+def with_examples(program: Program, size: int) -> Program:
+    """The program with a pool of so many rows, a nested draw, and of all where there are no more."""
+    if size >= len(program.pool.data):
+        return program
+    return with_pool(program, program.pool.data.subset(size, seed=program.settings.seed))
 
 
 def without_test_rows(program: Program, data: Dataset) -> tuple[Program, list[str]]:

@@ -4,6 +4,7 @@
 - Baselines: random shots, shuffled targets, zero shots, and the texts of the neighbours, repeated without a language
   model: a law of a few texts, whose total variation from the reference is exact without samples.
 - The scoring noise is the program's own samples, read again by the same engine.
+- Where queries were asked until a decision, every interval is one that holds whenever one stops.
 - Accuracy is the share of greedy outputs that are the target, blanks aside.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool
 
+from evaluation.asking import AskedTexts
 from evaluation.evaluate import (
     NOISE_QUERIES,
     Evaluation,
@@ -91,11 +93,16 @@ def ask_for_texts(
     *,
     seed: int,
     dtype: str = "auto",
+    asked: AskedTexts | None = None,
     progress: ProgressFor | None = None,
 ) -> TextAnswers:
-    """What the references write to the texts of `data`; the first is the one to approximate."""
-    written = []
-    for place, reference in enumerate(references):
+    """What the references write to the texts of `data`; the first is the one to approximate.
+
+    Args:
+        asked: what the first of them has written to these texts already.
+    """
+    written = [] if asked is None else [asked.reference]
+    for place, reference in list(enumerate(references))[len(written) :]:
         report = progress(f"reference, seed {reference.seed}", len(data)) if progress else None
         writer = reference.writer(dtype=dtype)
         written.append(write(writer, data.texts, lengths, seed=seed + (place > 0), progress=report))
@@ -114,6 +121,7 @@ def evaluate_texts(
     level: float = 0.95,
     worst: int = 10,
     series: Collection[str] = (),
+    asked: AskedTexts | None = None,
     progress: ProgressFor | None = None,
 ) -> Evaluation:
     """Measure `program` on `backend` against what the references wrote to `data`.
@@ -121,6 +129,7 @@ def evaluate_texts(
     Args:
         seed: the one that the references were asked with; the program's samples are drawn with the next one.
         series: what is measured beside the program, of `evaluate.BASELINES`.
+        asked: what the program has written to `data` already, query after query until a decision.
 
     Raises:
         EvaluationError: if the program ends an answer otherwise than the reference.
@@ -133,6 +142,9 @@ def evaluate_texts(
         )
     program, warnings = without_test_rows(program, data)
     common = common_columns(program, backend, answers, data, dataset_name, level) | lengths._asdict()
+    anytime = asked is not None
+    if asked is not None:
+        common |= {"data_sha256": asked.drawn.content_hash, "queries_max": len(asked.drawn)}
     per_query: list[Row] = []
 
     def row(series: str, outputs: Sequence[str], compared: Gap, columns: Row, **more: object) -> Row:
@@ -142,13 +154,13 @@ def evaluate_texts(
         return {
             **what,
             **gap_columns(compared, len(data)),
-            **accuracy_columns(correct, level, anytime=False),
+            **accuracy_columns(correct, level, anytime=anytime),
             "agreement": float(_same(outputs, first.outputs).mean()),
             **columns,
         }
 
     def written_row(series: str, written: Written, **more: object) -> Row:
-        found = text_gap(written, first, lengths, level=level)
+        found = text_gap(written, first, lengths, level=level, anytime=anytime)
         return row(series, written.outputs, found.gap, _columns(written, found), **more)
 
     def ask(name: str) -> Written:
@@ -157,21 +169,24 @@ def evaluate_texts(
         report = progress(name, len(data)) if progress else None
         return write(writer, data.texts, lengths, seed=seed + 1, progress=report)
 
-    ours = ask("program")
+    ours = ask("program") if asked is None else asked.ours
     shots = float(np.mean([len(prompt.selection.rows) for prompt in ours.prompts]))
     reference_accuracy = float(_same(first.outputs, data.answers).mean())
-    found = text_gap(ours, first, lengths, level=level)
+    ratios = None if asked is None else asked.ratios
+    found = text_gap(ours, first, lengths, level=level, ratios=ratios, anytime=anytime)
     of_program: Row = {"shots_per_query": shots, "reference_accuracy": reference_accuracy}
+    if asked is not None:
+        of_program |= {"epsilon": asked.epsilon, "decision": asked.stopped.answer, "queries_asked": len(data)}
     rows = [row("program", ours.outputs, found.gap, _columns(ours, found), **of_program)]
     rows += [written_row(name, ask(name)) for name in TEXT_SERIES if name in series]
     if "neighbours' vote" in series:
         laws, outputs = _neighbours(program, data.texts, lengths)
-        rows.append(row("neighbours' vote", outputs, point_gap(laws, first, level=level), {}))
+        rows.append(row("neighbours' vote", outputs, point_gap(laws, first, level=level, anytime=anytime), {}))
     if "floor" in series:
         for reference, second in answers.floors:
             rows.append(written_row("floor", second, reference_seed=reference.seed))
     if "scoring noise" in series:
-        noise = reading_noise(ours, NOISE_QUERIES, lengths, level=level)
+        noise = reading_noise(ours, NOISE_QUERIES, lengths, level=level, anytime=anytime)
         columns = gap_columns(noise, len(noise.per_query))
         rows.append({"series": "scoring noise", "noise_against": "the same, read", **common, **columns})
     if found.gap.mean > SATURATED:

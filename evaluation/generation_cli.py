@@ -1,13 +1,14 @@
 """What `icl evaluate` does with a program that generates texts."""
 
 from collections.abc import Callable, Collection, Sequence
+from functools import cache
 
-from evaluation.evaluate import Evaluation, ProgressFor
+from evaluation.asking import write_until_decided
+from evaluation.evaluate import Evaluation, ProgressFor, with_examples, without_test_rows
 from evaluation.generation import ask_for_texts, evaluate_texts
 from evaluation.reference.trainer import Reference
-from evaluation.texts import Lengths
+from evaluation.texts import Lengths, Written, write
 from icl_compiler.backends.backend import Backend
-from icl_compiler.compile import with_pool
 from icl_compiler.data import Dataset
 from icl_compiler.program import Program
 
@@ -20,6 +21,7 @@ def measure_texts(
     sizes: Sequence[int],
     *,
     lengths: Lengths,
+    epsilon: float | None,
     dataset_name: str,
     level: float,
     series: Collection[str],
@@ -27,26 +29,55 @@ def measure_texts(
     seed: int,
     progress: ProgressFor,
 ) -> list[Evaluation]:
-    """Evaluate the program with pools of several sizes; all baselines with the largest, the vote with every one."""
-    answers = ask_for_texts(references, data, lengths, seed=seed, dtype=dtype, progress=progress)
+    """Evaluate the program with pools of several sizes; all baselines with the largest, the vote with every one.
+
+    With `epsilon`, each size is asked about the first rows of `data`, which are in random order, until it is decided.
+    """
+    answers = None
+    if epsilon is None:
+        answers = ask_for_texts(references, data, lengths, seed=seed, dtype=dtype, progress=progress)
     engine = open_engine()
+    writer = None if answers else references[0].writer(dtype=dtype)
+
+    @cache
+    def written(texts: tuple[str, ...], seed: int) -> Written:
+        assert writer is not None
+        return write(writer, texts, lengths, seed=seed)
+
     results = []
     for size in sizes:
-        cut = program
-        if size < len(program.pool.data):
-            cut = with_pool(program, program.pool.data.subset(size, seed=program.settings.seed))
-        results.append(
-            evaluate_texts(
+        largest = size == max(sizes)
+        cut, warnings = without_test_rows(with_examples(program, size), data)
+        asked, compared = None, answers
+        if epsilon is not None:
+            asked = write_until_decided(
                 cut,
                 engine,
-                answers,
+                written,
                 data,
                 lengths,
-                dataset_name=dataset_name,
+                epsilon=epsilon,
                 seed=seed,
                 level=level,
-                series=series if size == max(sizes) else [name for name in series if name == "neighbours' vote"],
-                progress=progress,
+                progress=progress(f"at most {len(data):,} queries", len(data)),
             )
+            of_size = references if largest else references[:1]
+            compared = ask_for_texts(
+                of_size, asked.data, lengths, seed=seed, dtype=dtype, asked=asked, progress=progress
+            )
+        assert compared is not None
+        found = evaluate_texts(
+            cut,
+            engine,
+            compared,
+            data if asked is None else asked.data,
+            lengths,
+            dataset_name=dataset_name,
+            seed=seed,
+            level=level,
+            series=series if largest else [name for name in series if name == "neighbours' vote"],
+            asked=asked,
+            progress=progress,
         )
+        results.append(found._replace(warnings=[*warnings, *found.warnings]))
     return results

@@ -2,13 +2,14 @@
 
 from collections.abc import Collection, Sequence
 
-from evaluation.asking import ask_until_decided
+from evaluation.asking import Remembering, ask_until_decided
 from evaluation.evaluate import (
     Evaluation,
     ProgressFor,
     ask_references,
     evaluate,
     require_comparable_references,
+    with_examples,
     without_test_rows,
 )
 from evaluation.float32 import float32_opener
@@ -23,6 +24,7 @@ def measure_until_decided(
     engine: Backend,
     references: Sequence[Reference],
     data: Dataset,
+    sizes: Sequence[int],
     *,
     epsilon: float,
     dataset_name: str,
@@ -30,33 +32,41 @@ def measure_until_decided(
     series: Collection[str],
     dtype: str,
     progress: ProgressFor,
-) -> Evaluation:
-    """The evaluation on the first rows of `data`, which are in random order: as many as it takes to decide.
+) -> list[Evaluation]:
+    """Evaluate the program with pools of several sizes, each on the first rows of `data`, which are in random order.
+
+    Each size asks as many as it takes to decide about it. All baselines with the largest, the vote with every one.
 
     Raises:
         EvaluationError: if the references cannot be compared with each other, or with the program.
     """
     require_comparable_references(references)
-    program, warnings = without_test_rows(program, data)
-    asked = ask_until_decided(
-        program,
-        engine,
-        references[0].predictor(dtype=dtype),
-        data,
-        epsilon=epsilon,
-        level=level,
-        progress=progress(f"at most {len(data):,} queries", len(data)),
-    )
-    found = evaluate(
-        program,
-        engine,
-        ask_references(references, asked.data, dtype=dtype, asked=asked, progress=progress),
-        asked.data,
-        dataset_name=dataset_name,
-        level=level,
-        series=series,
-        asked=asked,
-        float32_backend=float32_opener(engine, program.settings.model),
-        progress=progress,
-    )
-    return found._replace(warnings=[*warnings, *found.warnings])
+    first = Remembering(references[0].predictor(dtype=dtype))
+    results = []
+    for size in sizes:
+        largest = size == max(sizes)
+        cut, warnings = without_test_rows(with_examples(program, size), data)
+        asked = ask_until_decided(
+            cut,
+            engine,
+            first,
+            data,
+            epsilon=epsilon,
+            level=level,
+            progress=progress(f"at most {len(data):,} queries", len(data)),
+        )
+        compared = references if largest else references[:1]
+        found = evaluate(
+            cut,
+            engine,
+            ask_references(compared, asked.data, dtype=dtype, asked=asked, progress=progress),
+            asked.data,
+            dataset_name=dataset_name,
+            level=level,
+            series=series if largest else [name for name in series if name == "neighbours' vote"],
+            asked=asked,
+            float32_backend=float32_opener(engine, program.settings.model),
+            progress=progress,
+        )
+        results.append(found._replace(warnings=[*warnings, *found.warnings]))
+    return results

@@ -7,6 +7,7 @@
   query are no further queries.
 - The law of a sampled token is the one that the engine drew it from; what the other model wrote is scored by reading
   it.
+- Where queries are asked until a decision, all intervals are those of the confidence sequence (`anytime`).
 - Token by token: of a token drawn from one law, (1 - other / own)+ is an unbiased value for the total variation of the
   two laws of the next token, so that no law over the vocabulary is ever asked for, and every engine will do. The mean
   is over all tokens that the reference writes.
@@ -15,13 +16,14 @@
 
 import time
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from evaluation.gap import Gap, gap_of_distances
-from evaluation.intervals import Interval, betting
+from evaluation.intervals import Interval
 from evaluation.tv import Sandwich, chain_upper, coupling_upper, one_sided, paired_mixture
 from icl_compiler.backends.backend import Generation, Progress, Usage
 from icl_compiler.predictor import PromptedPredictor, answer_text
@@ -52,6 +54,43 @@ class Written(NamedTuple):
     outputs: list[str]
     usage: Usage
     seconds: float
+
+    @staticmethod
+    def joined(parts: "Sequence[Written]") -> "Written":
+        """What one model wrote to several lists of texts, one after the other; at least one list."""
+        first = parts[0]
+        return first._replace(
+            prompts=[prompt for part in parts for prompt in part.prompts],
+            samples=[items for part in parts for items in part.samples],
+            greedy=[item for part in parts for item in part.greedy],
+            outputs=[output for part in parts for output in part.outputs],
+            usage=reduce(Usage.plus, [part.usage for part in parts]),
+            seconds=sum(part.seconds for part in parts),
+        )
+
+
+class Ratios(NamedTuple):
+    """log P - log Q of each token that two models wrote, 0 behind the end of an answer.
+
+    Attributes:
+        at_first: of what the first wrote.
+        at_second: of what the second wrote.
+    """
+
+    at_first: Float[np.ndarray, "texts samples tokens"]
+    at_second: Float[np.ndarray, "texts samples tokens"]
+
+    @property
+    def per_query(self) -> Float[np.ndarray, " texts"]:
+        """An unbiased value for the total variation of the answers to each text, in [0, 1]."""
+        values: Float[np.ndarray, " texts"]
+        values = paired_mixture(self.at_first.sum(axis=2), self.at_second.sum(axis=2)).mean(axis=1)
+        return values
+
+    @staticmethod
+    def joined(parts: "Sequence[Ratios]") -> "Ratios":
+        """Of several lists of texts, one after the other."""
+        return Ratios(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 class TextGap(NamedTuple):
@@ -102,24 +141,42 @@ def write(
     )
 
 
-def text_gap(first: Written, second: Written, lengths: Lengths, *, level: float = 0.95) -> TextGap:
+def ratios_of(first: Written, second: Written, lengths: Lengths) -> Ratios:
+    """Have each of two models read what the other wrote to the same texts, with the same lengths."""
+    most = lengths.max_new_tokens
+    return Ratios(-_log_ratios(second, first, most), _log_ratios(first, second, most))
+
+
+def text_gap(
+    first: Written,
+    second: Written,
+    lengths: Lengths,
+    *,
+    level: float = 0.95,
+    ratios: Ratios | None = None,
+    anytime: bool = False,
+) -> TextGap:
     """The gap between two models from what each wrote to the same texts, with the same lengths.
+
+    Args:
+        ratios: `ratios_of` these two, where they are known already.
+        anytime: whether the number of texts was chosen by what they showed; they are then in the order asked.
 
     Source: the paired mixture and the chain rule of `evaluation.tv`; Leviathan, Kalman and Matias 2023, theorem 3.5.
     """
-    at_first = -_log_ratios(second, first, lengths.max_new_tokens)
-    at_second = _log_ratios(first, second, lengths.max_new_tokens)
-    values = paired_mixture(at_first.sum(axis=2), at_second.sum(axis=2)).mean(axis=1)
+    ratios = ratios or ratios_of(first, second, lengths)
+    at_first, at_second, values = *ratios, ratios.per_query
     written = np.array([[len(item.tokens) for item in items] for items in second.samples])
     apart = one_sided(-at_second).sum(axis=2)
     most = lengths.max_new_tokens
     # Each of the two means is held with half of the risk; of their ratio the ends are those of a fraction.
     above, below = (
-        betting(_shuffled(part.mean(axis=1) / most), delta=(1 - level) / 2) for part in (apart, written.astype(float))
+        gap_of_distances(Sandwich(part, part), level=(1 + level) / 2, anytime=anytime).interval
+        for part in (apart.mean(axis=1) / most, written.mean(axis=1) / most)
     )
     token = Interval(above.low / below.high, min(1.0, above.high / max(below.low, 1e-12)))
     return TextGap(
-        gap_of_distances(Sandwich(values, values), level=level),
+        gap_of_distances(Sandwich(values, values), level=level, anytime=anytime),
         float(coupling_upper(at_first).mean()),
         min(1.0, float(chain_upper(one_sided(at_first)).mean())),
         float(apart.sum() / written.sum()),
@@ -128,7 +185,13 @@ def text_gap(first: Written, second: Written, lengths: Lengths, *, level: float 
     )
 
 
-def point_gap(laws: Sequence[Sequence[tuple[tuple[int, ...], float]]], second: Written, *, level: float = 0.95) -> Gap:
+def point_gap(
+    laws: Sequence[Sequence[tuple[tuple[int, ...], float]]],
+    second: Written,
+    *,
+    level: float = 0.95,
+    anytime: bool = False,
+) -> Gap:
     """The gap between laws that give a few answers known probabilities, which sum to 1, and a model; exact per query.
 
     TV = sum of (P - Q)+ over the answers of P: no sample is needed.
@@ -138,15 +201,15 @@ def point_gap(laws: Sequence[Sequence[tuple[tuple[int, ...], float]]], second: W
     scores = iter(second.writer.backend.sequence_logprobs(prompts, answers).logprobs)
     tvs = np.array([sum(max(0.0, p - float(np.exp(next(scores).sum()))) for _, p in law) for law in laws])
     tvs = np.clip(tvs, 0.0, 1.0)
-    return gap_of_distances(Sandwich(tvs, tvs), level=level)
+    return gap_of_distances(Sandwich(tvs, tvs), level=level, anytime=anytime)
 
 
-def reading_noise(written: Written, count: int, lengths: Lengths, *, level: float = 0.95) -> Gap:
+def reading_noise(written: Written, count: int, lengths: Lengths, *, level: float = 0.95, anytime: bool = False) -> Gap:
     """How far the law that drew the samples is from the same model's when it reads them; of the first `count` texts."""
     own = written._replace(prompts=written.prompts[:count], samples=written.samples[:count])
     ratios = -_log_ratios(own, own, lengths.max_new_tokens)
     values = one_sided(ratios.sum(axis=2)).mean(axis=1)
-    return gap_of_distances(Sandwich(values, values), level=level)
+    return gap_of_distances(Sandwich(values, values), level=level, anytime=anytime)
 
 
 def _log_ratios(reader: Written, writer: Written, most: int) -> Float[np.ndarray, "texts samples tokens"]:
@@ -158,7 +221,3 @@ def _log_ratios(reader: Written, writer: Written, most: int) -> Float[np.ndarray
     for row, item, scores in zip(ratios, items, read, strict=True):
         row[: len(scores)] = scores - np.array(item.logprobs)
     return ratios.reshape(len(writer.samples), -1, most)
-
-
-def _shuffled(values: Float[np.ndarray, " queries"]) -> Float[np.ndarray, " queries"]:
-    return np.random.default_rng(0).permutation(values)

@@ -383,8 +383,11 @@ def test_evaluate_asks_until_it_is_decided(program: Path, reference: Path, here:
     assert row["gap"] == pytest.approx(sum(each["gaps"]) / 16)
     assert json.loads(done("compare", "gaps.jsonl", "gaps.jsonl", "--json"))["differences"][0]["p_value"] == 1
     assert "16 of at most 40 queries" in " ".join(done("decide", "rows.jsonl", "--epsilon", 0.999).split())
-    result = icl(*asked, "--examples", 6)
-    assert (result.exit_code, "leave --examples out" in result.stderr) == (2, True)
+    found = json.loads(done(*asked, "--examples", 6, "--json"))["rows"]
+    assert [(row["n_examples"], row["decision"], row["queries_asked"]) for row in found] == [
+        (6, "within", 16), (18, "within", 16)
+    ]  # fmt: skip
+    assert (found[1]["gap"], found[1]["gap_low"]) == (row["gap"], row["gap_low"])
 
 
 def test_evaluate_texts(tiny: Path, here: Path) -> None:
@@ -403,9 +406,11 @@ def test_evaluate_texts(tiny: Path, here: Path) -> None:
     assert "--max-new-tokens 6 --samples 2" in (here / "report.html").read_text(encoding="utf-8")
     assert "That is about whole answers of up to 6 tokens" in " ".join(said["verdict"])
     assert '"not within"' in done("decide", "rows.jsonl", "--json")
+    decided = json.loads(done(*asked, "--data", "asked.csv", "--epsilon", 0.999, "--json"))["rows"]
+    assert [(row["n_examples"], row["queries_max"], row["samples"]) for row in decided] == [(4, 5, 2), (16, 5, 2)]
+    assert all(row["queries_asked"] <= 5 and row["gap_low"] <= row["gap"] <= row["gap_high"] for row in decided)
     for data, more, words in (
         ("test.csv", ("--queries", 2), "and test.csv has labels; name the column of the targets"),
-        ("asked.csv", ("--epsilon", 0.1, "--examples", 16), "--epsilon is about programs with labels"),
     ):
         result = icl(*asked, "--data", data, *more)
         assert words in " ".join(result.stderr.split())

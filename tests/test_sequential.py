@@ -10,8 +10,8 @@ from test_evaluate import TEST, zero_shot_answers
 from toys import TopEcho, customers
 
 from benchmarks.coverage import LAWS, interval_rows, least_of_any_test, sequence_rows, sequences, stopping_rows
-from evaluation.asking import BATCH, ask_until_decided, in_random_order
-from evaluation.evaluate import evaluate
+from evaluation.asking import BATCH, Remembering, ask_until_decided, in_random_order
+from evaluation.evaluate import evaluate, with_examples
 from evaluation.gap import gap
 from evaluation.intervals import betting, confidence_sequence
 from evaluation.sequential import until_decided
@@ -124,6 +124,31 @@ def test_both_models_are_asked_until_it_is_decided_and_no_longer(program: Progra
     assert bounded.stopped.interval.high >= found.stopped.interval.high
     with pytest.raises(EvaluationError, match="epsilon should be"):
         ask_until_decided(program, EchoBackend(), reference, data, epsilon=1.5)
+
+
+def test_programs_of_several_sizes_ask_the_reference_once(program: Program) -> None:
+    data, asked = in_random_order(TEST, None, seed=0), []
+
+    class Counting:
+        labels = program.labels
+
+        def predict(self, texts, *, progress=None):
+            asked.append(tuple(texts))
+            return reference_of(program).predict(texts)
+
+    smaller = with_examples(program, 6)
+    assert len(smaller.pool.data) == 6
+    whole = gap(
+        PromptedPredictor(smaller, EchoBackend()).predict(data.texts), reference_of(program).predict(data.texts)
+    )
+    remembering = Remembering(Counting())
+    first, second = (
+        ask_until_decided(one, EchoBackend(), remembering, data, epsilon=epsilon)
+        for one, epsilon in ((program, 0.9), (smaller, whole.mean))
+    )
+    assert (len(first.data), len(second.data)) == (BATCH, len(data))
+    assert asked == [data.texts[i : i + BATCH] for i in range(0, len(data), BATCH)]
+    np.testing.assert_array_equal(first.reference.probabilities, second.reference.probabilities[:BATCH])
 
 
 def test_rows_say_that_they_were_asked_in_turn_and_all_intervals_hold_at_any_time(program: Program) -> None:

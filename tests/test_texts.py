@@ -10,8 +10,10 @@ import pytest
 from scipy.stats import binom
 from tiny_model import save_tiny_model
 
+from evaluation.asking import BATCH, write_until_decided
 from evaluation.evaluate import BASELINES
 from evaluation.generation import TextAnswers, evaluate_texts
+from evaluation.intervals import confidence_sequence
 from evaluation.measurement import measurements
 from evaluation.reference.trainer import Reference
 from evaluation.sentences import verdict_sentence
@@ -223,6 +225,37 @@ def test_rows_of_texts(program: Program) -> None:
     assert "Right is an output of likeliest tokens that is the target." in said
     assert "token gap" in summary_lines(found.rows)[0]
     assert found.warnings == []
+
+
+def test_texts_are_asked_until_it_is_decided(program: Program) -> None:
+    lengths, most = Lengths(4, MOST), 320
+    data = Dataset(tuple(f"{i:03}" for i in range(most)), ("a",) * most, "generation", "test")  # one length, one law
+    exact = enumerated(program, 0.6, -0.6, "000")["gap"]
+    theirs = PromptedPredictor(program, Chain(-0.6))
+    asked = write_until_decided(
+        program, Chain(0.6), lambda texts, seed: write(theirs, texts, lengths, seed=seed), data, lengths,
+        epsilon=exact - 0.08, seed=0,
+    )  # fmt: skip
+    assert asked.stopped.answer == "not within"
+    assert asked.stopped.queries % BATCH == 0
+    assert BATCH < len(asked.data) == asked.stopped.queries < most
+    reference = Reference(Path("r"), (), Template.from_name("generate"), "by hand", "echo", 0, 12, "", ())
+    found = evaluate_texts(
+        program, Chain(0.6), TextAnswers(reference, asked.reference, ()), asked.data, lengths,
+        dataset_name="toy", seed=0, series=("neighbours' vote",), asked=asked,
+    )  # fmt: skip
+    row, vote = found.rows
+    assert (row["gap_low"], row["gap_high"]) == asked.stopped.interval
+    assert (row["decision"], row["queries_asked"], row["queries_max"]) == ("not within", asked.stopped.queries, most)
+    assert row["gap_low"] <= exact <= row["gap_high"]
+    for each, line in zip((row, vote), found.per_query, strict=True):
+        lows, highs = confidence_sequence(np.array(line["gaps"]))
+        assert (each["gap_low"], each["gap_high"]) == (lows[-1], highs[-1])
+    again = text_gap(asked.ours, asked.reference, lengths, anytime=True)  # each reads the other once more
+    assert again.token_interval == (row["token_gap_low"], row["token_gap_high"])
+    assert again.gap.mean == row["gap"]
+    parts = [[item.tokens for items in asked.ours.samples[i : i + BATCH] for item in items] for i in (0, BATCH)]
+    assert parts[0] != parts[1], "queries share no draws, though these have one law"
 
 
 def test_answers_that_nearly_always_differ_are_told(program: Program) -> None:
