@@ -406,7 +406,7 @@ def test_evaluate_texts(tiny: Path, here: Path) -> None:
     assert "--max-new-tokens 6 --samples 2" in (here / "report.html").read_text(encoding="utf-8")
     assert "That is about whole answers of up to 6 tokens" in " ".join(said["verdict"])
     assert '"not within"' in done("decide", "rows.jsonl", "--json")
-    decided = json.loads(done(*asked, "--data", "asked.csv", "--epsilon", 0.999, "--json"))["rows"]
+    decided = json.loads(icl(*asked, "--data", "asked.csv", "--epsilon", 0.999, "--json").stdout)["rows"]
     assert [(row["n_examples"], row["queries_max"], row["samples"]) for row in decided] == [(4, 5, 2), (16, 5, 2)]
     assert all(row["queries_asked"] <= 5 and row["gap_low"] <= row["gap"] <= row["gap_high"] for row in decided)
     for data, more, words in (
