@@ -117,6 +117,11 @@ if TYPE_CHECKING:
     "a block and shots of the text's own behind it (mixed).",
 )
 @click.option(
+    "--search-layouts",
+    is_flag=True,
+    help="Let -O2 or -O3 choose the layout too: the fewest tokens to compute among those that are not worse.",
+)
+@click.option(
     "--clusters",
     type=WholeNumber(min=1),
     show_default="half the root of the number of rows",
@@ -201,6 +206,7 @@ def compile_command(
     order: "Order | None",
     per_label: int | None,
     layout: "Layout",
+    search_layouts: bool,
     clusters: int | None,
     cache_block: int,
     block_share: float,
@@ -248,8 +254,8 @@ def compile_command(
 
     searches = int(level) in SEARCHES
     calibration = calibration or ("auto" if searches else "none")
-    if not searches and time_limit:
-        raise click.UsageError(f"-O{level} does not search; --time-limit is for -O2 and -O3")
+    if not searches and (time_limit or search_layouts):
+        raise click.UsageError(f"-O{level} does not search; --time-limit and --search-layouts are for -O2 and -O3")
     if not searches and calibration == "none" and (backend or server or in_flight or dtype != "auto"):
         raise click.UsageError(
             f"-O{level} runs no model without --calibration; --backend, --server, --in-flight and --dtype are for it, "
@@ -318,6 +324,7 @@ def compile_command(
                     calibrations=None if calibration == "auto" else ["none" if later else calibration],
                     reference=target,
                     metric=metric,
+                    layouts=search_layouts,
                     log=log,
                     progress=advance,
                 )
@@ -341,7 +348,7 @@ def compile_command(
         "level": int(level),
         "retriever": program.settings.retriever,
         "shots": program.settings.shots,
-        "layout": layout,
+        "layout": program.settings.layout,
         "blocks": 0 if program.blocks is None else len(program.blocks),
         "expected": program.expected and program.expected._asdict(),
         "order": program.settings.order,

@@ -695,6 +695,15 @@ def test_o3_tries_instructions_too_and_names_what_it_tried(here: Path, monkeypat
     assert "no reranker was learned: 4 queries are too few" in done("explain", "p")
 
 
+def test_several_prompts_for_a_text_are_told_and_predicted(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
+    said = searched("-O1", "--retriever", "bm25", "--shots", 2, "--ensembles", 3)
+    assert "bm25 retrieval of 3 times up to 2 shots" in said
+    assert "the 3 prompts of a text have about " in said
+    assert "3 prompts, " in done("explain", "p", "--query", "my card is gone")
+    assert json.loads(done("predict", "p", "my card is gone"))["label"] == "card"
+
+
 def test_o0_takes_random_shots_and_o1_the_nearest(here: Path) -> None:
     searched("-O0")
     assert load_program(here / "p").settings.retriever == "uniform"
@@ -704,8 +713,11 @@ def test_o0_takes_random_shots_and_o1_the_nearest(here: Path) -> None:
 
 
 def test_options_of_the_search_are_refused_without_it(here: Path) -> None:
-    said = icl("compile", "train.csv", "-o", "p", "--model", "echo", "--time-limit", 1)
-    assert (said.exit_code, "-O1 does not search" in said.stderr) == (2, True)
+    for option in (("--time-limit", 1), ("--search-layouts",)):
+        said = icl("compile", "train.csv", "-o", "p", "--model", "echo", *option)
+        assert (said.exit_code, "-O1 does not search" in said.stderr) == (2, True)
+    said = icl("compile", "train.csv", "-o", "p", "--model", "echo", "--retriever", "static")
+    assert (said.exit_code, "-O1 chooses no set of shots" in said.stderr) == (2, True)
 
 
 def test_diff_names_what_differs(program: Path, here: Path) -> None:

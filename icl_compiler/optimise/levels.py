@@ -27,6 +27,7 @@ from icl_compiler.calibration.choosing import LEAST_QUERIES, fit_and_choose
 from icl_compiler.compile import laid_out, with_calibration
 from icl_compiler.errors import DataError
 from icl_compiler.optimise.judges import Asker, Judge, LabelJudge, Metric, TargetJudge
+from icl_compiler.optimise.layout_choice import cheapest_layout
 from icl_compiler.optimise.level_three import OF_LEVEL_2, Apart, level_3, set_apart
 from icl_compiler.optimise.racing import OutOfTime
 from icl_compiler.optimise.score_log import ScoreLog
@@ -43,6 +44,8 @@ TEMPLATES = {"classification": ("classify", "classify_chat"), "generation": ("ge
 QUERIES = {2: 1500, 3: 3000}
 """Model calls of a search, if nothing else is said, by its level."""
 LEAST_ROWS = 8
+OF_LAYOUTS = 0.25
+"""Share of a search that is for its layouts, where they are searched."""
 OF_STATIC = 0.6
 """Share of what -O2 may ask that goes into a static set, where one is wanted."""
 
@@ -65,6 +68,7 @@ def optimise(
     calibrations: Sequence[str] | None = None,
     reference: Predictor | None = None,
     metric: Metric = "likelihood",
+    layouts: bool = False,
     log: Path | None = None,
     progress: Progress | None = None,
 ) -> Optimised:
@@ -79,6 +83,7 @@ def optimise(
             need no further prompts.
         reference: whose law is to be approximated, in place of the right labels.
         metric: for targets; labels are judged by log-loss.
+        layouts: whether the layout is searched too (`layout_choice`), for a quarter of `queries` at most.
         log: file that keeps what the model says, so that a search that was killed goes on; see `ScoreLog`.
 
     Raises:
@@ -106,7 +111,8 @@ def optimise(
         judge = LabelJudge(asker, base, rows, calibration=after, reference=reference)
     else:
         judge = TargetJudge(asker, base, rows, metric)
-    first = int(OF_LEVEL_2 * queries) if level == 3 else queries
+    most = queries - int(OF_LAYOUTS * queries) if layouts else queries
+    first = int(OF_LEVEL_2 * most) if level == 3 else most
     chosen = int(OF_STATIC * first) if base.settings.retriever == "static" else 0
     races = Races(variants, judge, first - chosen)
     if level == 3:
@@ -117,8 +123,11 @@ def optimise(
         found = choose_set(races, found)
     if level == 3:
         asker.deadline = started + time_limit_s
-        races.left += queries - first
+        races.left += most - first
         found = level_3(races, found, asker, learned_from, fixed=fixed)
+    if layouts:
+        races.left += queries - most
+        found = cheapest_layout(races, found)
     program, trace = laid_out(variants.program(found)), races.trace
     if isinstance(judge, LabelJudge):
         left = queries - answers.asked

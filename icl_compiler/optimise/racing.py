@@ -102,8 +102,8 @@ def race(
     while len(left) > 1:
         number += 1
         share = (budget - calls) // max(1, rounds - number + 1)
-        deepest = _deepest([(paid[c], price[c]) for c in left], share, queries)
-        n = max(least, *(len(values) for values in known.values()), deepest)
+        n = deepest([(paid[c], price[c]) for c in left], share, queries)
+        n = max(least, n, *(len(values) for values in known.values()))
         late = False
         try:
             for c in left:
@@ -127,7 +127,7 @@ def race(
         kept = sorted(set(left) - worse, key=lambda c: (means[c], c))[:size]
         exits |= dict.fromkeys(set(left) - worse - set(kept), (number, "in the worse half"))
         left = sorted(kept)
-    standings = (_standing(c, known.get(c), *exits.get(c, (None, "the winner"))) for c in range(candidates))
+    standings = (standing(c, known.get(c), *exits.get(c, (None, "the winner"))) for c in range(candidates))
     return Race(left[0], tuple(standings), calls)
 
 
@@ -137,7 +137,7 @@ def _affordable(paid: Sequence[int], price: Sequence[int], budget: int, least: i
     return list(range(max(1, int((cost <= budget).sum()))))
 
 
-def _deepest(paid: Sequence[tuple[int, int]], share: int, queries: int) -> int:
+def deepest(paid: Sequence[tuple[int, int]], share: int, queries: int) -> int:
     """The most queries that all can have seen for `share` further calls; of each, those paid for and its price."""
     low, high = 0, queries
     while low < high:
@@ -166,7 +166,8 @@ def is_worse(differences: Float[np.ndarray, " queries"], level: float) -> bool:
     return bool(student.sf(mean / spread * math.sqrt(n), n - 1) <= level)
 
 
-def _standing(candidate: int, losses: Float[np.ndarray, " queries"] | None, out: int | None, why: str) -> Standing:
+def standing(candidate: int, losses: Float[np.ndarray, " queries"] | None, out: int | None, why: str) -> Standing:
+    """How a candidate with these losses ended."""
     if losses is None:
         return Standing(candidate, 0, math.nan, math.nan, math.nan, out, why)
     mean, n = float(losses.mean()), len(losses)

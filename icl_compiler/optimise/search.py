@@ -108,7 +108,7 @@ class Races:
         if len(runners) == 1:
             return runners
         budget = int(self.left * share)
-        paid = [self._paid.get(variant, 0) for variant in runners]
+        paid = [self.paid(variant) for variant in runners]
         found = race(
             lambda i, n: self.judge.losses(runners[i], self.variants.program(runners[i]), n),
             len(runners),
@@ -117,14 +117,20 @@ class Races:
             seen=paid,
             costs=[variant.ensembles for variant in runners],
         )
-        self.left -= found.calls
-        for standing in found.standings:
-            self._paid[runners[standing.candidate]] = max(standing.queries, paid[standing.candidate])
-        self._record(name, runners, found)
+        self.record(name, runners, found)
         ranked = sorted(found.standings, key=lambda s: (-_lasted(s.out), s.mean if s.queries else float("inf")))
         return [runners[standing.candidate] for standing in ranked]
 
-    def _record(self, name: str, runners: Sequence[Variant], found: Race) -> None:
+    def paid(self, variant: Variant) -> int:
+        """How many queries of the variant were paid for."""
+        return self._paid.get(variant, 0)
+
+    def record(self, name: str, runners: Sequence[Variant], found: Race) -> None:
+        """Pay for a race, and tell of it in the trace."""
+        self.left -= found.calls
+        for ended in found.standings:
+            runner = runners[ended.candidate]
+            self._paid[runner] = max(ended.queries, self.paid(runner))
         for number, variant, queries, mean, low, high, out, why in (
             (s.candidate, runners[s.candidate], *s[1:]) for s in found.standings
         ):

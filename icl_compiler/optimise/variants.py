@@ -9,6 +9,7 @@ from jaxtyping import Int64
 
 from icl_compiler.compile import laid_out, new_retriever, with_reranker
 from icl_compiler.errors import BudgetError
+from icl_compiler.layouts import Layout
 from icl_compiler.program import SAME_FOR_ALL, Pool, Program, encode_pool
 from icl_compiler.selection import Order
 from icl_compiler.templates import EncodedTemplate, Template
@@ -34,6 +35,8 @@ class Variant(NamedTuple):
     ensembles: int = 1
     rows: tuple[int, ...] = ()
     """Of a static set that was chosen."""
+    layout: Layout | None = None
+    """In place of the base's own."""
 
     def __str__(self) -> str:
         written = f"{self.template}{', instruction ' * bool(self.instruction)}{self.instruction}"
@@ -44,6 +47,7 @@ class Variant(NamedTuple):
         if self.rows:
             found += f" set {' '.join(map(str, self.rows[:4]))}{' ...' * (len(self.rows) > 4)}"
         several = f"{self.ensembles} prompts of " * (self.ensembles > 1)
+        written += f", {self.layout}" if self.layout else ""
         return f"{found}, {several}{self.shots} shot{'s' * (self.shots != 1)}, {self.order}{labels}, {written}"
 
     def found_by(self, retriever: str) -> "Variant":
@@ -92,6 +96,7 @@ class Variants:
             settings = replace(
                 self.base.settings, retriever=variant.retriever, shots=variant.shots, order=variant.order,
                 per_label=variant.per_label, ensembles=variant.ensembles,
+                layout=variant.layout or self.base.settings.layout,
             )  # fmt: skip
             index = self.index(variant.retriever, variant.rows)
             program = replace(
