@@ -44,9 +44,11 @@ def choose_set(races: Races, found: Variant) -> Variant:
     best = races.race("sets", entered, share=OF_SETS)[0]
     pool, index = len(races.variants.base.pool.data), races.variants.index("static")
     random = tuple(index.search([""], found.shots).ids[0].tolist())
-    for _ in range(ROUNDS):
+    for number in range(1, ROUNDS + 1):
         tries = [_exchanged(best.rows or random, pool, draw) for _ in range(EXCHANGES)]
-        best = races.race("exchanges", [best, *(best._replace(rows=rows) for rows in tries)], share=OF_EXCHANGES)[0]
+        best = races.race(
+            f"exchanges {number}", [best, *(best._replace(rows=rows) for rows in tries)], share=OF_EXCHANGES
+        )[0]
     return found if best == found else races.challenge("static set", found, best)
 
 

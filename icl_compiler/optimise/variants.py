@@ -45,7 +45,7 @@ class Variant(NamedTuple):
         labels = f", {self.per_label} per label" if self.per_label else ""
         found = f"{self.retriever}{' reranked' * self.rerank}"
         if self.rows:
-            found += f" set {' '.join(map(str, self.rows[:4]))}{' ...' * (len(self.rows) > 4)}"
+            found += f" set {' '.join(map(str, self.rows))}"
         several = f"{self.ensembles} prompts of " * (self.ensembles > 1)
         written += f", {self.layout}" if self.layout else ""
         return f"{found}, {several}{self.shots} shot{'s' * (self.shots != 1)}, {self.order}{labels}, {written}"
