@@ -422,7 +422,7 @@ class _LowEnd:
 
 def _distance(program: Program, rng: np.random.Generator) -> Distance | None:
     texts = program.pool.data.texts
-    if not program.settings.shots or not texts:
+    if not program.settings.shots or not texts or program.reranker is not None:  # then the nearest may be no shot
         return None
     queries = [texts[row] for row in rng.choice(len(texts), min(len(texts), _ROWS), replace=False)]
     hits = program.retriever.search(queries, _DEPTH)

@@ -13,11 +13,12 @@ from toys import customers
 
 from evaluation.intervals import confidence_sequence
 from icl_compiler.backends.backend import Usage
-from icl_compiler.compile import compile_program
+from icl_compiler.compile import compile_program, with_reranker
 from icl_compiler.data import Dataset
 from icl_compiler.errors import ServingError
 from icl_compiler.predictor import Predictions
 from icl_compiler.registry import RETRIEVERS
+from icl_compiler.reranker import FEATURES, Reranker
 from serving import drift
 from serving.drift import Baseline, Distance, DriftMonitor, Shadow, ShadowGap, ShareDetector
 
@@ -81,6 +82,13 @@ def test_which_retrievers_say_how_near_a_row_is(retriever):
     unlike = [(program.retriever.search(texts, 1).scores <= distance.threshold).mean() for texts in (alike, other)]
     assert unlike[0] <= distance.tolerated
     assert unlike[1] > (distance.tolerated if retriever == "dpp" else 0.75)
+
+
+def test_the_shots_of_a_reranked_program_do_not_say_how_near_a_row_is():
+    program = echo_program(pool_of())
+    assert Baseline.of(program).distance is not None
+    reranked = with_reranker(program, Reranker(32, np.zeros(len(FEATURES)), np.zeros(len(program.pool.data))))
+    assert Baseline.of(reranked).distance is None
 
 
 def test_a_score_that_random_letters_reach_says_nothing():
