@@ -450,7 +450,8 @@ def _shots_in_words(program: "Program") -> str:
     settings, blocks = program.settings, program.blocks
     if blocks is None:
         several = f"{settings.ensembles} times " * (settings.ensembles > 1)
-        return f"{settings.retriever} retrieval of {several}up to {settings.shots} shots"
+        reranked = ", reranked," * (program.reranker is not None)
+        return f"{settings.retriever} retrieval{reranked} of {several}up to {settings.shots} shots"
     least, most = int(blocks.sizes.min()), int(blocks.sizes.max())
     sizes = counted(most, "shot") if least == most else f"{least} to {most} shots"
     one = f"{len(blocks)} fixed blocks of {sizes}" if len(blocks) > 1 else f"one fixed block of {sizes}"

@@ -11,7 +11,7 @@ from hashed_words import HashedWords
 
 from icl_compiler import compile as compiling
 from icl_compiler.artifact import load_program, save_program
-from icl_compiler.backends.backend import Generation, Generations, LabelScores, Usage
+from icl_compiler.backends.backend import Generation, Generations, LabelScores, SequenceScores, Usage
 from icl_compiler.backends.echo import EchoBackend
 from icl_compiler.compile import compile_program, with_pool
 from icl_compiler.corrections import Corrector
@@ -207,6 +207,32 @@ def test_no_row_is_both_learned_from_and_judged_by():
     assert len(learned) == 750 // 8
     assert not set(judged.tolist()) & set(learned.tolist())
     assert len(set_apart(np.arange(40), 3000).learned) == 10
+
+
+class CopiesLongShots(EchoBackend):
+    """Believes the target of a long shot, and no other."""
+
+    def sequence_logprobs(self, prompts, continuations, *, progress=None):
+        found = []
+        for prompt, word in zip(prompts, continuations, strict=True):
+            shots = bytes(prompt).decode().split("Input: ")[1:-1]
+            helps = any(LONG in shot and shot.endswith(f"Output:{bytes(word).decode()}") for shot in shots)
+            bent = 0.1 * (crc32(bytes(prompt)[-30:]) % 7)
+            found.append(np.full(len(word), -bent - (1 if helps else 3)))
+        return SequenceScores(found, Usage(1, 1, 1))
+
+
+def test_targets_to_generate_are_reranked_too():
+    rows = letters()
+    data = Dataset(rows.texts, rows.answers, "generation", "targets")
+    start = compile_program(data, model="echo", retriever="bm25", shots=1, budget=400)
+    program, trace = searched(CopiesLongShots(), program=start)
+    assert program.reranker is not None
+    shown = [
+        program.pool.data.texts[row] for p in program.prompts(letters(30, seed=5).texts) for row in p.selection.rows
+    ]
+    assert all(LONG in text for text in shown)
+    assert {row["ensembles"] for row in trace if "race" in row} == {1}
 
 
 def test_too_few_rows_learn_no_reranker_and_say_so():

@@ -65,8 +65,8 @@ def level_3(
     if "instruction" not in fixed:
         texts = bundled(variants.base.task)
         with _told(races, "the model wrote no instruction"):
-            races.left -= WRITTEN
             texts |= written(variants.program(found), asker, learned_from, seed=seed)
+            races.left -= WRITTEN
         template = variants.program(found).template.template
         for name, text in texts.items():
             said = template.with_instruction(name, text).instruction(variants.base.labels).strip()
@@ -76,8 +76,8 @@ def level_3(
         best = races.race("instruction", [found, *instructed], share=OF_INSTRUCTIONS)[0]
     if "rerank" not in fixed and best.shots:
         with _told(races, "no reranker was learned"):
-            races.left -= SHOTS_PER_QUERY * len(learned_from)
             variants.reranker, told = learn_reranker(variants.program(best), races.judge, learned_from, seed=seed)
+            races.left -= told["prompts"]
             races.trace.append(told)
             best = races.race("reranker", [best, best._replace(rerank=True)], share=OF_RERANKER)[0]
     if "ensembles" not in fixed and variants.base.labels and best.ensembles == 1:
