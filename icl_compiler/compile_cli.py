@@ -146,7 +146,7 @@ if TYPE_CHECKING:
     metavar="S",
     show_default="1; searched at -O3",
     help="Ask S prompts for each text and average the label probabilities. The nearest shots are dealt out among them, "
-    "--shots to each; a text costs S prompts. Not for `icl serve`.",
+    "--shots to each; a text costs S prompts.",
 )
 @click.option(
     "--calibration",

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -32,7 +32,7 @@ from serving.live import Edition, LiveProgram
 from serving.metrics import Metrics, Stage
 from serving.openai_api import RequestError
 from serving.preparing import Preparer
-from serving.upstream import Engine, Scores, UnreachableError, Upstream, together
+from serving.upstream import Engine, Scores, UnreachableError, Upstream, averaged, together
 from serving.versions import Versions
 
 _NEW_TOKENS = 256
@@ -70,12 +70,13 @@ class Labelled(NamedTuple):
 
     Attributes:
         probabilities: of the labels of the edition; lower bounds where `upper` is given.
+        prompts: one, or those whose laws were averaged.
         sampled: whether the query is in the sample that a reference is asked too.
     """
 
     probabilities: Float[np.ndarray, " labels"]
     upper: Float[np.ndarray, " labels"] | None
-    prompt: Prompt
+    prompts: tuple[Prompt, ...]
     scores: Scores
     timing: Timing
     sampled: bool
@@ -84,6 +85,11 @@ class Labelled(NamedTuple):
     def best(self) -> int:
         """The number of the likeliest label."""
         return int(self.probabilities.argmax())
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts."""
+        return sum(len(prompt.tokens) for prompt in self.prompts)
 
     @property
     def other(self) -> float:
@@ -221,17 +227,22 @@ class Endpoint:
         started = time.perf_counter()
         shadow = self._watches[edition.name].shadow
         sampled = shadow is not None and shadow.draw()
-        prompt = await self._preparer.prompt(edition.program, text)
+        prompts = await self._preparer.prompts(edition.program, text)
         prepared = time.perf_counter()
         some = None if sampled or edition.program.calibration.method != "none" else top  # calibration wants all
-        async with self.line.turn(prompt.tokens):
-            turned = time.perf_counter()
-            scores = await edition.engine.label_logprobs(list(prompt.tokens), edition.walk, edition.groups, top=some)
-        timing = Timing(prepared - started, turned - prepared, time.perf_counter() - turned)
+        turns: list[float] = []
+
+        async def ask(prompt: Prompt) -> Scores:
+            async with self.line.turn(prompt.tokens):
+                turns.append(time.perf_counter())
+                return await edition.engine.label_logprobs(list(prompt.tokens), edition.walk, edition.groups, top=some)
+
+        scores = averaged(await together([ask(prompt) for prompt in prompts]))
+        timing = Timing(prepared - started, turns[0] - prepared, time.perf_counter() - turns[0])
         upper = None if scores.upper is None else scores.upper[None, :]
-        law = edition.program.law([prompt], scores.lower[None, :], upper)
+        law = edition.program.law(prompts[:1], scores.lower[None, :], upper)
         most = None if law.upper is None else law.upper[0]
-        return Labelled(law.probabilities[0], most, prompt, scores, timing, sampled)
+        return Labelled(law.probabilities[0], most, tuple(prompts), scores, timing, sampled)
 
     async def explain(self, edition: Edition, text: str) -> Explanation:
         """The prompt for a text, taken apart; no engine is asked.
@@ -253,7 +264,7 @@ class Endpoint:
             BusyError, BudgetError, BackendError: as `classify`.
         """
         with self.line.admission():
-            prompt = await self._preparer.prompt(edition.program, text)
+            [prompt] = await self._preparer.prompts(edition.program, text)
             self._watches[edition.name].observe(edition, prompt, np.empty(0))
             room = edition.engine.max_prompt_tokens - len(prompt.tokens)
             most = settings.get("max_tokens") or min(_NEW_TOKENS, room)
@@ -285,7 +296,7 @@ class Endpoint:
         live = self.program(name)
         edition = live.edition
         require_label(edition.program, answer)
-        await self._preparer.prompt(edition.program, text)  # before it is kept for good
+        await self._preparer.prompts(edition.program, text)  # before it is kept for good
         flags = await asyncio.to_thread(edition.corrector.flags, edition.program, text, answer)
         correction = await asyncio.to_thread(self.store.add, name, text, answer, by=by, version=edition.version)
         edition = await live.refresh()
@@ -338,12 +349,12 @@ class Endpoint:
         best = answer.best
         self._metrics.tokens(
             name,
-            prompt=len(answer.prompt.tokens),
+            prompt=answer.prompt_tokens,
             cached=answer.scores.cached_tokens,
             completion=len(edition.program.label_words[best]),
         )
         self._metrics.answer(name, edition.program.labels[best])
-        self._watches[name].observe(edition, answer.prompt, answer.probabilities)
+        self._watches[name].observe(edition, answer.prompts[0], answer.probabilities)
         self._watches[name].compare(edition, text, answer)
 
     def generated(self, edition: Edition, usage: Json) -> None:
@@ -483,16 +494,3 @@ def _cost(usage: Json) -> Json:
     prompt, completion, cached = counts
     spent = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
     return {**spent, "prompt_tokens_details": {"cached_tokens": cached}}
-
-
-def usage_of(answers: Sequence[Labelled], edition: Edition) -> dict[str, Any]:
-    """What classified queries cost, in OpenAI's words; `computed_tokens` are all that the engine computed."""
-    prompt = sum(len(answer.prompt.tokens) for answer in answers)
-    completion = sum(len(edition.program.label_words[answer.best]) for answer in answers)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(answer.scores.cached_tokens for answer in answers)},
-        "computed_tokens": sum(answer.scores.computed_tokens for answer in answers),
-    }

@@ -20,7 +20,7 @@ from icl_compiler.backends.label_walk import LabelWalk
 from icl_compiler.backends.vllm_protocol import label_walk
 from icl_compiler.compile import named_encoder
 from icl_compiler.corrections import Corrector, require_label
-from icl_compiler.errors import ContextLengthError, EnsembleError, LabelError, ServingError, TemplateError
+from icl_compiler.errors import ContextLengthError, LabelError, ServingError, TemplateError
 from icl_compiler.feedback import FeedbackStore
 from icl_compiler.program import Program
 from serving.upstream import Engine
@@ -91,7 +91,6 @@ class LiveProgram:
 
         Raises:
             ArtifactError: if the folder holds no program that can be read.
-            EnsembleError: if it asks several prompts for a text.
             ModelError: if its base model is not there, or has a smaller context than the program's budget.
         """
         version = await asyncio.to_thread(versions.keep, name, folder)
@@ -182,11 +181,6 @@ async def _edition(
 ) -> Edition:
     folder = await asyncio.to_thread(versions.folder, name, version)
     program = await asyncio.to_thread(load_program, folder)
-    if program.settings.ensembles > 1:
-        raise EnsembleError(
-            f"{name!r} asks {program.settings.ensembles} prompts for each text (--ensembles), and the endpoint asks "
-            "one; compile it without, or use `icl predict`"
-        )
     found = await engine(program.settings.model)
     budget = program.settings.budget
     if budget > found.max_prompt_tokens:

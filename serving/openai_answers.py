@@ -7,7 +7,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 
 import numpy as np
@@ -87,6 +87,19 @@ def text_logprobs(edition: Edition, answer: Labelled, top: int) -> Json:
         "token_logprobs": [_logprob(answer, answer.best)],
         "top_logprobs": [{labels[i]: _logprob(answer, i) for i in order}],
         "text_offset": [0],
+    }
+
+
+def usage_of(answers: Sequence[Labelled], edition: Edition) -> Json:
+    """What classified queries cost, in OpenAI's words; `computed_tokens` are all that the engine computed."""
+    prompt = sum(answer.prompt_tokens for answer in answers)
+    completion = sum(len(edition.program.label_words[answer.best]) for answer in answers)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(answer.scores.cached_tokens for answer in answers)},
+        "computed_tokens": sum(answer.scores.computed_tokens for answer in answers),
     }
 
 

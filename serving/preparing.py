@@ -16,16 +16,16 @@ class Preparer:
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="prepare")
-        self._waiting: list[tuple[Program, str, asyncio.Future[Prompt]]] = []
+        self._waiting: list[tuple[Program, str, asyncio.Future[list[Prompt]]]] = []
         self._working: asyncio.Task[None] | None = None
 
-    async def prompt(self, program: Program, text: str) -> Prompt:
-        """The prompt of `program` for `text`.
+    async def prompts(self, program: Program, text: str) -> list[Prompt]:
+        """The prompt of `program` for `text`, or all of them (`--ensembles`).
 
         Raises:
             ICLError: if there is none, because the text is too long.
         """
-        future: asyncio.Future[Prompt] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[list[Prompt]] = asyncio.get_running_loop().create_future()
         self._waiting.append((program, text, future))
         if self._working is None or self._working.done():
             self._working = asyncio.create_task(self._work())
@@ -54,10 +54,10 @@ class Preparer:
                     future.set_result(found)
 
 
-def _prompts(program: Program, texts: list[str]) -> list[Prompt | Exception]:
-    """A prompt for each text, or why there is none; one bad text spoils no other."""
+def _prompts(program: Program, texts: list[str]) -> list[list[Prompt] | Exception]:
+    """The prompts for each text, or why there are none; one bad text spoils no other."""
     try:
-        return list(program.prompts(texts))
+        return list(program.prompt_sets(texts))
     except Exception as error:  # a defect of ours, too, must reach those who wait
         if len(texts) == 1:
             return [error]

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 from icl_compiler.backends.vllm_protocol import Json
 from icl_compiler.errors import ICLError
-from serving.endpoint import Endpoint, Labelled, Piece, usage_of
+from serving.endpoint import Endpoint, Labelled, Piece
 from serving.gate import Gate, Right
 from serving.live import Edition
 from serving.metrics import Metrics
@@ -40,6 +40,7 @@ from serving.openai_answers import (
     text_logprobs,
     total,
     unpriced,
+    usage_of,
     wants_usage,
 )
 from serving.openai_api import (

@@ -19,6 +19,7 @@ import httpx2
 import numpy as np
 from jaxtyping import Float
 
+from icl_compiler.backends.backend import LabelScores, Usage
 from icl_compiler.backends.label_walk import Answer, LabelWalk
 from icl_compiler.backends.patient_http import BUSY, is_this_machine, read_json, refusal, said_by, said_in
 from icl_compiler.backends.vllm_protocol import (
@@ -58,6 +59,22 @@ class Scores(NamedTuple):
     """Tokens of the prompt that the server had computed before."""
     computed_tokens: int
     """Tokens that it computed, for all questions."""
+
+
+def averaged(parts: Sequence[Scores]) -> Scores:
+    """The mean law of several prompts for one text, and what all of them cost; of bounds, bounds."""
+    if len(parts) == 1:
+        return parts[0]
+    lower = np.array([part.lower for part in parts])
+    upper = np.array([part.lower if part.upper is None else part.upper for part in parts])
+    bounded = any(part.upper is not None for part in parts)
+    mean = LabelScores(lower, Usage(0, 0, 0), upper if bounded else None).averaged(len(parts))
+    return Scores(
+        mean.logprobs[0],
+        None if mean.upper is None else mean.upper[0],
+        sum(part.cached_tokens for part in parts),
+        sum(part.computed_tokens for part in parts),
+    )
 
 
 class Upstream:

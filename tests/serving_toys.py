@@ -51,9 +51,9 @@ def translations() -> Dataset:
 def expected(folder: Path, text: str) -> dict[str, float]:
     """The law of the labels, by the program as it stands in its folder and the law behind the fake."""
     program = load_program(folder)
-    [prompt] = program.prompts([text])
+    [prompts] = program.prompt_sets([text])
     return {
-        label: float(np.exp(logprob(prompt.tokens, word, BYTES)))
+        label: float(np.mean([np.exp(logprob(prompt.tokens, word, BYTES)) for prompt in prompts]))
         for label, word in zip(program.labels, program.label_words, strict=True)
     }
 

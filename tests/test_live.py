@@ -8,11 +8,10 @@ import pytest
 from serving_toys import program_folder, translations
 from toys import customers, plain_template
 
-from icl_compiler.artifact import load_program, save_program
+from icl_compiler.artifact import load_program
 from icl_compiler.backends.vllm_protocol import Ability
-from icl_compiler.compile import compile_program
 from icl_compiler.data import Dataset
-from icl_compiler.errors import ArtifactError, ContextLengthError, EnsembleError, ServingError
+from icl_compiler.errors import ArtifactError, ContextLengthError, ServingError
 from icl_compiler.feedback import FeedbackStore
 from serving.live import LiveProgram, NoSuchVersionError
 from serving.upstream import Engine, Upstream
@@ -32,12 +31,6 @@ def folder(tmp_path: Path) -> Path:
 
 async def engine(model: str) -> Engine:
     return Engine(Upstream("http://127.0.0.1:1"), model, model, 700, Ability(0))
-
-
-def test_a_program_of_several_prompts_is_refused(folder: Path, store: FeedbackStore) -> None:
-    save_program(compile_program(customers(), model="echo", retriever="bm25", shots=1, ensembles=2), folder)
-    with pytest.raises(EnsembleError, match=r"'shop' asks 2 prompts for each text .*the endpoint asks one"):
-        asyncio.run(opened(folder, store))
 
 
 async def opened(folder: Path, store: FeedbackStore) -> LiveProgram:

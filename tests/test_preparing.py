@@ -22,7 +22,7 @@ def programs(tmp_path: Path) -> list[Program]:
 async def gathered(asked: list[tuple[Program, str]]) -> list[Prompt | BaseException]:
     preparer = Preparer()
     try:
-        return await asyncio.gather(*(preparer.prompt(*each) for each in asked), return_exceptions=True)
+        return await asyncio.gather(*(preparer.prompts(*each) for each in asked), return_exceptions=True)
     finally:
         preparer.close()
 
@@ -30,10 +30,10 @@ async def gathered(asked: list[tuple[Program, str]]) -> list[Prompt | BaseExcept
 def test_each_prompt_is_that_of_its_own_program_in_few_batches(
     programs: list[Program], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = [programs[n % 2].prompts([text])[0] for n, text in enumerate(TEXTS)]
+    wanted = [programs[n % 2].prompt_sets([text])[0] for n, text in enumerate(TEXTS)]
     batches: list[int] = []
-    prompts = Program.prompts
-    monkeypatch.setattr(Program, "prompts", lambda self, texts: batches.append(len(texts)) or prompts(self, texts))
+    prompts = Program.prompt_sets
+    monkeypatch.setattr(Program, "prompt_sets", lambda self, texts: batches.append(len(texts)) or prompts(self, texts))
     assert asyncio.run(gathered([(programs[n % 2], text) for n, text in enumerate(TEXTS)])) == wanted
     assert sum(batches) == 150
     assert max(batches) == 64
@@ -44,14 +44,14 @@ def test_a_text_that_is_too_long_spoils_no_other(programs: list[Program]) -> Non
     texts = [*TEXTS[:5], "x" * 700, *TEXTS[5:10]]
     found = asyncio.run(gathered([(programs[1], text) for text in texts]))
     assert isinstance(found.pop(5), BudgetError)
-    assert found == programs[1].prompts(TEXTS[:10])
+    assert found == programs[1].prompt_sets(TEXTS[:10])
 
 
 def test_whoever_leaves_is_not_missed(programs: list[Program]) -> None:
     async def run() -> Prompt:
         preparer = Preparer()
-        gone = [asyncio.create_task(preparer.prompt(programs[0], text)) for text in ("a", "x" * 700, "b")]
-        stays = asyncio.create_task(preparer.prompt(programs[0], TEXTS[0]))
+        gone = [asyncio.create_task(preparer.prompts(programs[0], text)) for text in ("a", "x" * 700, "b")]
+        stays = asyncio.create_task(preparer.prompts(programs[0], TEXTS[0]))
         await asyncio.sleep(0)
         for task in gone:
             task.cancel()
@@ -60,4 +60,4 @@ def test_whoever_leaves_is_not_missed(programs: list[Program]) -> None:
         finally:
             preparer.close()
 
-    assert asyncio.run(run()) == programs[0].prompts(TEXTS[:1])[0]
+    assert asyncio.run(run()) == programs[0].prompt_sets(TEXTS[:1])[0]

@@ -101,6 +101,23 @@ def user(text: str) -> list[dict[str, Any]]:
 # Classification
 
 
+def test_the_laws_of_several_prompts_are_averaged(tmp_path: Path) -> None:
+    folders = {name: program_folder(tmp_path / name, shots=2, ensembles=n) for name, n in (("one", 1), ("three", 3))}
+    usage = {}
+    with fake_vllm() as engine, served(folders, engine.url, tmp_path / "state") as (client, found):
+        asked = Shop(client, found, engine)
+        for name, folder in folders.items():
+            answer = asked.post("/v1/classify", {"model": name, "input": TEXT})
+            assert told(answer["data"][0]) == pytest.approx(expected(folder, TEXT), abs=1e-6)
+            usage[name] = answer["usage"]["prompt_tokens"]
+            shown = asked.post("/v1/explain", {"model": name, "input": TEXT})
+            assert shown["tokens"] == usage[name]
+        [top] = asked.post("/v1/classify", {"model": "three", "input": TEXT, "top": 1})["data"]
+    assert usage["three"] > 2 * usage["one"]
+    law = expected(folders["three"], TEXT)
+    assert top["labels"][0]["probability"] <= max(law.values()) + 1e-6
+
+
 def test_the_law_of_the_labels(shop: Shop, folders: dict[str, Path]) -> None:
     texts = [TEXT, "the parcel got swallowed", TEXT]
     answer = shop.post("/v1/classify", {"model": "customers", "input": texts})
@@ -196,7 +213,7 @@ def test_explain_shows_the_prompt_that_is_asked(shop: Shop, folders: dict[str, P
     assert found == {
         "object": "explanation", "model": "customers", "version": version_of(folders["customers"]), "query": TEXT,
         "prompt": program.template.tokenizer.decode(prompt.tokens), "tokens": len(prompt.tokens), "budget": 600,
-        "shots": shots, "notes": [],
+        "shots": shots, "notes": [], "prompts": 1,
     }  # fmt: skip
     assert len(shots) == 3
 
