@@ -39,15 +39,15 @@ HERE = Path(__file__).parent
 ROWS = HERE / "rows" / "layouts.jsonl"
 MODEL = "smollm2-135m"
 DATASETS = ("banking77", "clinc150_oos", "hwu64")
+EXAMPLES, BUDGET, SEED = 1200, 1024, 0
 LAYOUTS: dict[str, dict[str, Any]] = {
     "per-query": {},
     "mixed, 8 shots": {"layout": "mixed", "shots": 8, "block_share": 0.5},
     "per-query, 4 shots": {"shots": 4},
-    "mixed": {"layout": "mixed"},
+    "mixed, all that fits": {"layout": "mixed", "shots": BUDGET, "block_share": 0.95},
     "clustered": {"layout": "clustered"},
     "shared": {"layout": "shared"},
 }
-EXAMPLES, BUDGET, SEED = 1200, 1024, 0
 
 
 def compiled(train: Dataset, name: str) -> Program:

@@ -51,7 +51,7 @@ def compile_program(
     layout: Layout = "per-query",
     clusters: int | None = None,
     cache_block: int = 16,
-    block_share: float = 0.95,
+    block_share: float = 0.5,
     ensembles: int = 1,
     notify: Notify | None = None,
 ) -> Program:
@@ -60,7 +60,7 @@ def compile_program(
     Args:
         retriever: name in the table, or `package.module:Class`; `static` is a random set until a search chooses one.
         template: name in `prompts/` or path of a Jinja file; by default the plain one for the task.
-        shots: most shots in a prompt; 0 for none. By default 16, and with a fixed block as many as fit.
+        shots: most shots in a prompt; 0 for none. By default 16, in `mixed` 8, in other blocks all that fit.
         budget: most tokens in a prompt, its answer included.
         examples: how many rows of `data` the pool takes (a nested, label-balanced draw); by default all.
         order: of the shots; by default the best last, and best first where all prompts have the same.
@@ -119,7 +119,7 @@ def compile_program(
     index.fit(pool_data.texts)
     order = order or ("best-first" if retriever in SAME_FOR_ALL else "best-last")
     if shots is None:
-        shots = 16 if layout == "per-query" else budget
+        shots = {"per-query": 16, "mixed": 8}.get(layout, budget)
     settings = Settings(
         model,
         encoder,

@@ -75,7 +75,7 @@ if TYPE_CHECKING:
 @click.option(
     "--shots",
     type=WholeNumber(min=0),
-    show_default="16; with a fixed block: as many as fit",
+    show_default="16; mixed: 8; other layouts: as many as fit",
     help="Most shots (labelled examples) in a prompt.",
 )
 @click.option("--budget", default=1024, type=WholeNumber(min=1), help="Most tokens in a prompt, its answer included.")
@@ -135,7 +135,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--block-share",
-    default=0.95,
+    default=0.5,
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     metavar="SHARE",
     help="Share of the shots, and of their tokens, that is the block's in the layout mixed.",

@@ -73,7 +73,7 @@ class Settings:
     layout: Layout = "per-query"
     clusters: int = 0
     cache_block: int = 16
-    block_share: float = 0.95
+    block_share: float = 0.5
     ensembles: int = 1
 
 

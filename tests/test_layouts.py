@@ -286,7 +286,7 @@ def test_pools_of_no_row_one_and_copies(layout):
     one = program(layout, customers().take([0]))
     assert one.prompts(["x"])[0].selection.rows == [0]
     copies = Dataset(("same words",) * 9 + ("other",) * 9, tuple("abcabcabc" * 2), "classification", "copies")
-    assert len(program(layout, copies).prompts(["x"])[0].selection.rows) == 18
+    assert len(program(layout, copies, shots=18).prompts(["x"])[0].selection.rows) == 18
 
 
 def test_random_shots_instead_stand_in_no_block():
