@@ -53,7 +53,8 @@ ABLATIONS = {
     "no line search, no adaptive rate": {"line_search": "false"},
     "fixed rate": {"adaptive_rate": "false"},
     "fixed units": {"replaced": "0"},
-    "units revert": {"revert": "true"},
+    "units keep what they learned": {"revert": "false"},
+    "half of the budget": {"budget": "0.01"},
     "no trails": {"trails": "false"},
     "one-sided sampling": {"sampling": "0.3"},
     "random units": {"importance": "random"},
@@ -128,7 +129,7 @@ def found_rate(method: str, dataset: str) -> float | None:
     losses = {
         row["rate"]: row["held_out_loss"]
         for row in rows_of(ROWS)
-        if (row["stage"], row["dataset"], row["method"]) == ("search", SEARCHED[dataset], method)
+        if (row["stage"], row["dataset"], row["method"], row["variant"]) == ("search", SEARCHED[dataset], method, "")
     }
     return min(losses, key=lambda rate: losses[rate]) if set(RATES[method]) <= set(losses) else None
 

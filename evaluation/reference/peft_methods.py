@@ -82,7 +82,7 @@ class SHiRA(Method):
         share: trained numbers, of all parameters of the model; in (0, 1).
     """
 
-    share: float = 0.01
+    share: float = 0.02
 
     learning_rate: ClassVar[float] = 3e-3
 

@@ -52,14 +52,14 @@ class RSR(Method):
         exchange_every: steps after which workers with steps of their own put together what they learned.
     """
 
-    budget: float = 0.01
+    budget: float = 0.02
     frontier: int | None = None
     unit: int | None = None
     rounds: int | None = None
     importance: Importance = "agreement"
     allocation: Allocation = "gumbel"
     replaced: float = 0.3
-    revert: bool = False
+    revert: bool = True
     line_search: bool = True
     sampling: float = 0.0
     trails: bool = True
