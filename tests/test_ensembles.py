@@ -1,11 +1,9 @@
 """Several prompts for a text: dealt out by rank, averaged, counted, and refused where one can be asked."""
 
-from collections import Counter
-
 import numpy as np
 import pytest
 from hashed_words import HashedWords
-from toys import TopEcho, customers
+from toys import CountingEcho, TopEcho, customers
 
 from icl_compiler import compile as compiling
 from icl_compiler.artifact import load_program, save_program
@@ -42,7 +40,7 @@ def test_the_nearest_are_dealt_out_by_rank_without_the_query_itself():
 
 
 def test_the_answer_is_the_mean_law_and_costs_all_prompts():
-    several, backend = program(), Counting()
+    several, backend = program(), CountingEcho()
     said = PromptedPredictor(several, backend).predict(ASKED)
     sets = several.prompt_sets(ASKED)
     laws = [
@@ -125,18 +123,7 @@ def test_it_is_refused_where_one_prompt_can_be_asked():
         program(targets)
 
 
-class Counting(EchoBackend):
-    """The echo backend, which counts prompts."""
-
-    def __init__(self):
-        self.prompts = Counter()
-
-    def label_logprobs(self, prompts, label_words, *, progress=None):
-        self.prompts.update(tuple(prompt) for prompt in prompts)
-        return super().label_logprobs(prompts, label_words, progress=progress)
-
-
-class LastShot(Counting):
+class LastShot(CountingEcho):
     """Repeats the label of the last shot, and is sure of it."""
 
     def label_logprobs(self, prompts, label_words, *, progress=None):

@@ -2,13 +2,12 @@
 
 import json
 import time
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from hashed_words import HashedWords
-from toys import TopEcho, customers, plain_template
+from toys import CountingEcho, TopEcho, customers, plain_template
 
 from icl_compiler import compile as compiling
 from icl_compiler.backends.backend import Usage
@@ -28,20 +27,6 @@ from icl_compiler.predictor import Predictions, PromptedPredictor
 SPACE = Space(
     ("uniform", "bm25", "coverage"), (0, 1, 2, 4), ("best-last", "best-first", "random"), (0, 1), ("classify",)
 )
-
-
-class CountingEcho(EchoBackend):
-    """The echo backend, which counts what it is asked and may be killed after some calls."""
-
-    def __init__(self, dies_after=10**9):
-        self.prompts = Counter()
-        self.dies_after = dies_after
-
-    def label_logprobs(self, prompts, label_words, *, progress=None):
-        if sum(self.prompts.values()) >= self.dies_after:
-            raise KeyboardInterrupt
-        self.prompts.update(tuple(prompt) for prompt in prompts)
-        return super().label_logprobs(prompts, label_words, progress=progress)
 
 
 def words_with_labels(rows=90):

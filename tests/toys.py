@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -62,6 +63,23 @@ def plain_template(
         f"{{% macro query(text) %}}{query}{{% endmacro %}}"
         f"{{% macro answer(label) %}}{answer}{{% endmacro %}}",
     )
+
+
+class CountingEcho(EchoBackend):
+    """The echo backend, which counts what it is asked and may be killed after some calls."""
+
+    def __init__(self, dies_after: int = 10**9) -> None:
+        self.prompts: Counter[tuple[int, ...]] = Counter()
+        self.dies_after = dies_after
+
+    def label_logprobs(
+        self, prompts: Sequence[TokenIds], label_words: Sequence[TokenIds], *, progress: Progress | None = None
+    ) -> LabelScores:
+        """As the echo backend's."""
+        if sum(self.prompts.values()) >= self.dies_after:
+            raise KeyboardInterrupt
+        self.prompts.update(tuple(prompt) for prompt in prompts)
+        return super().label_logprobs(prompts, label_words, progress=progress)
 
 
 class TopEcho(EchoBackend):
