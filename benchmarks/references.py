@@ -12,8 +12,8 @@
 - workers: RSR by one and by two processes, on 1,111 rows of banking77; alone on the machine, with all its threads.
 
 Rows are appended to `benchmarks/rows/references.jsonl`; what stands there is not measured again, so that the command
-can be stopped at any time. `--part 0/2` and `--part 1/2`, with OMP_NUM_THREADS=1, share the work. At the end the
-tables of `docs/references.md` are printed.
+can be stopped at any time. `--datasets`, `--methods` and `--seeds` take a part; `--part 0/2` and `--part 1/2`, with
+OMP_NUM_THREADS=1, share the work. At the end the tables of `docs/references.md` are printed.
 """
 
 import argparse
@@ -63,7 +63,7 @@ ABLATIONS = {
     "whole rows": {"unit": "576"},
     "single entries": {"unit": "1"},
     "all layers": {"frontier": "0"},
-    "the upper third": {"frontier": "20"},
+    "the upper two thirds": {"frontier": "10"},
     "six rounds": {"rounds": "6"},
 }
 WORKERS = {
@@ -97,7 +97,7 @@ class Cell(NamedTuple):
 def cells(stages: list[str], datasets: list[str]) -> Iterator[Cell]:
     """What is to be measured; the learning rates of later stages are those found so far."""
     if "search" in stages:
-        for name in ("banking77", "subj"):
+        for name in sorted({SEARCHED[name] for name in datasets}):
             for method, rates in RATES.items():
                 for rate in rates if len(rates) > 1 else ():
                     yield Cell("search", name, method, "", (), rate, 100, SEARCH_ROWS, 2)
@@ -109,7 +109,7 @@ def cells(stages: list[str], datasets: list[str]) -> Iterator[Cell]:
                         yield Cell("main", name, method, "", (), rate, seed, MAIN_ROWS, EPOCHS[name])
     if "ablation" in stages:
         for seed in range(3):
-            for name in ("banking77", "subj"):
+            for name in sorted({"banking77", "subj"} & set(datasets)):
                 for variant, settings in ABLATIONS.items():
                     if (rate := found_rate("rsr", name)) is not None:
                         told = tuple(settings.items())
@@ -239,12 +239,16 @@ def main() -> None:
         "--stages", nargs="+", choices=("search", "main", "ablation", "workers"), default=["search", "main"]
     )
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
+    parser.add_argument("--methods", nargs="+", choices=RATES, default=list(RATES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="not of the search, which has its own")
     parser.add_argument("--part", default="0/1")
     asked = parser.parse_args()
     data = data_folder(DATASETS)
     part, parts = map(int, asked.part.split("/"))
     for stage in asked.stages:  # the learning rates of the later ones are known when the first is done
         for number, cell in enumerate(cells([stage], asked.datasets)):
+            if cell.method not in asked.methods or (stage != "search" and cell.seed not in asked.seeds):
+                continue
             if number % parts != part or json.loads(json.dumps(cell.key)) in [row["key"] for row in rows_of(ROWS)]:
                 continue
             row = {"key": cell.key, **measure(cell, data)}

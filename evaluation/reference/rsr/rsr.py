@@ -31,8 +31,8 @@ class RSR(Method):
 
     Attributes:
         budget: share of the model's parameters that moves at a time, in (0, 1).
-        frontier: lowest layer in which anything moves; what is below is computed once per example. By default a third
-            of the layers is below.
+        frontier: lowest layer in which anything moves; what is below is computed once per example. By default two
+            thirds of the layers are below.
         unit: numbers that move together, a divisor of the model's width; by default the largest up to 64, a piece of a
             row or column. The width moves whole rows and columns.
         rounds: of boosting; by default one an epoch.
@@ -125,7 +125,7 @@ class RSR(Method):
                 raise TrainingError(f"modules should be at most the number of labels, {most}; is {self.modules}")
         model = task.load(task.frozen_dtype)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        frontier = len(model.base_model.layers) // 3 if self.frontier is None else self.frontier
+        frontier = 2 * len(model.base_model.layers) // 3 if self.frontier is None else self.frontier
         synapses = Synapses(model, frontier=frontier, size=self.unit or _piece(model))
         count = round(self.budget * parameters / synapses.size)
         if not 0 < count <= len(synapses):
