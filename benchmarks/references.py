@@ -41,7 +41,7 @@ DATASETS = ("banking77", "subj", "clinc150_oos", "mr")
 EPOCHS = {"banking77": 3, "clinc150_oos": 3, "subj": 2, "mr": 2}
 SEARCHED = {"banking77": "banking77", "clinc150_oos": "banking77", "subj": "subj", "mr": "subj"}
 RATES = {
-    "rsr": (1e-2, 2e-2, 4e-2),
+    "rsr": (5e-3, 1e-2, 2e-2),
     "lora": (3e-4, 1e-3, 3e-3, 1e-2),
     "full": (3e-5, 1e-4, 3e-4),
     "shira": (1e-3, 3e-3, 1e-2),

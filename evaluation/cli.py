@@ -408,8 +408,8 @@ def pool_sizes(program: "Program", examples: Sequence[int]) -> list[int]:
 
 
 def _demo_reference(pool: "Dataset", folder: Path, seed: int) -> "Reference":
-    from evaluation.reference.full import Full
     from evaluation.reference.loop import LoopSettings
+    from evaluation.reference.rsr.rsr import RSR
     from evaluation.reference.trainer import finetune as train_reference
     from evaluation.reference.trainer import load_reference
     from icl_compiler.artifact import require_replaceable
@@ -424,9 +424,10 @@ def _demo_reference(pool: "Dataset", folder: Path, seed: int) -> "Reference":
         except ArtifactError:
             require_replaceable(folder, kind="reference")
             say(f"     {folder} is damaged and is trained again")
-    settings = LoopSettings(epochs=4, learning_rate=3e-4, seed=seed)
+    method = RSR()
+    settings = LoopSettings(epochs=4, learning_rate=method.learning_rate, seed=seed)
     with training_bar(f"seed {seed}") as report:
-        reference = train_reference(pool, folder, method=Full(20), settings=settings, report=report)
+        reference = train_reference(pool, folder, method=method, settings=settings, report=report)
     best = min(check.held_out_loss for check in reference.curve)
     say(f"     {folder}: {reference.method}, held-out loss {best:.3f}, {reference.curve[-1].seconds:.0f} s")
     return reference

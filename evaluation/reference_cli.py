@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     "-o", "--output", type=OutputFolder(), required=True, help="Reference to write; one that is there is replaced."
 )
 @click.option(
-    "--method", default="full", type=TableName("method", METHODS), metavar="NAME", help="How to train; see above."
+    "--method", default="rsr", type=TableName("method", METHODS), metavar="NAME", help="How to train; see above."
 )
 @click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A setting of the method, such as rank=16."
@@ -93,15 +93,15 @@ def finetune(
     \b
     Methods (--method) and settings of each (--set):
       rsr     a small, changing set of connections: budget, unit, rounds, ...
-      full    all weights
+      full    all weights: the slowest, and takes the most memory
       lora    low-rank adapters of all linear layers: rank, alpha
       loreft  edits of the residual stream: rank, layers, first, last
       shira   single weights, chosen at random: share
       head    a linear probe on the frozen model
     \b
       icl finetune train.csv -o reference
-      icl finetune train.csv -o quick --method rsr --set budget=0.02
-      icl finetune train.csv -o upper --first-layer 20 --examples 500
+      icl finetune train.csv -o upper --first-layer 28 --examples 500
+      icl finetune train.csv -o whole --method full --learning-rate 1e-4
     """
     from evaluation.reference.loop import LoopSettings
     from evaluation.reference.method import make_method

@@ -141,7 +141,7 @@ class _NumberOr(click.ParamType[str]):
     "--method",
     type=TableName("method", METHODS),
     metavar="NAME",
-    show_default="full",
+    show_default="rsr",
     help="How references are trained, as of `icl finetune`.",
 )
 @click.option(

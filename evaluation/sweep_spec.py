@@ -47,7 +47,7 @@ class ReferenceSpec:
         folder: one that is trained already; nothing else is then given.
     """
 
-    method: str = "full"
+    method: str = "rsr"
     settings: tuple[tuple[str, str], ...] = ()
     epochs: int = 4
     batch_size: int = 16

@@ -289,14 +289,14 @@ def reference(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     said = json.loads(done(*finetuned))
     assert said["reference"] == str(out)
-    assert (said["method"], said["examples"], said["seed"]) == ("full fine-tuning", 14, 0)
+    assert (said["method"], said["examples"], said["seed"]) == ("RSR, 2.00% of the parameters", 14, 0)
     assert said["held_out_loss"] == min(check["held_out_loss"] for check in said["curve"])
     return out
 
 
 def test_finetune_says_what_it_made(tiny: Path, here: Path) -> None:
     said = done("finetune", "train.csv", "-o", "r", "--model", tiny, "--epochs", 1, "--first-layer", 1, "--seed", 3)
-    assert said.startswith("r: fine-tuning from layer 1 on, seed 3, 16 examples; held-out loss ")
+    assert said.startswith("r: RSR, 2.00% of the parameters, seed 3, 16 examples; held-out loss ")
     assert load_reference(here / "r").labels == ("card", "refund", "track")
 
 

@@ -22,6 +22,7 @@ from icl_compiler.models import locate
 
 STREAM = np.random.default_rng(0)
 PROMPTS = [[3, 4, *STREAM.integers(10, 90, size=STREAM.integers(1, 12)).tolist()] for _ in range(400)]
+LOOP = LoopSettings(learning_rate=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_is_the_logistic_regression_that_the_held_out_examples_choose(
     examples = [TrainingExample(prompt, [9]) for prompt in PROMPTS]
     task = Task(tiny, examples[:300], examples[300:], labels, tuple(answers[:300]), tuple(answers[300:]))
     reports: list[tuple[object, ...]] = []
-    fitted = Head().fit(task, LoopSettings(), lambda *report: reports.append(report))
+    fitted = Head().fit(task, LOOP, lambda *report: reports.append(report))
     states = last_states(tiny, PROMPTS)
     solvers = [
         make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=10_000, tol=1e-8)).fit(
@@ -103,8 +104,8 @@ def test_a_saved_probe_predicts_as_when_it_was_chosen(tmp_path: Path) -> None:
 def test_nothing_to_tell_apart_and_nothing_to_load(tiny: str, tmp_path: Path) -> None:
     examples = [TrainingExample(prompt, [9]) for prompt in PROMPTS[:4]]
     with pytest.raises(TrainingError, match="there are 1, 1 of them"):
-        Head().fit(Task(tiny, examples[:3], examples[3:], ("a",), ("a",) * 3, ("a",)), LoopSettings())
+        Head().fit(Task(tiny, examples[:3], examples[3:], ("a",), ("a",) * 3, ("a",)), LOOP)
     with pytest.raises(TrainingError, match="there are 2, 1 of them"):
-        Head().fit(Task(tiny, examples[:3], examples[3:], ("a", "b"), ("a",) * 3, ("b",)), LoopSettings())
+        Head().fit(Task(tiny, examples[:3], examples[3:], ("a", "b"), ("a",) * 3, ("b",)), LOOP)
     with pytest.raises(ModelError, match="no fine-tuned model to load"):
         Head.network(tmp_path, {"base_model": tiny})

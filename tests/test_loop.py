@@ -50,7 +50,7 @@ def test_same_seed_same_order() -> None:
     orders = []
     for seed in (0, 0, 1):
         line = Line(list(np.arange(8.0)), [1.0])
-        train(line, examples=8, held_out=1, settings=LoopSettings(epochs=2, batch_size=3, seed=seed))
+        train(line, examples=8, held_out=1, settings=LoopSettings(learning_rate=0.1, epochs=2, batch_size=3, seed=seed))
         orders.append(line.seen)
     assert orders[0] == orders[1] != orders[2]
 
@@ -58,18 +58,18 @@ def test_same_seed_same_order() -> None:
 def test_a_loss_that_is_no_number_is_an_error() -> None:
     line = Line([math.nan] * 4, [1.0])
     with pytest.raises(TrainingError, match="smaller --learning-rate"):
-        train(line, examples=4, held_out=1, settings=LoopSettings())
+        train(line, examples=4, held_out=1, settings=LoopSettings(learning_rate=0.1))
 
 
 @pytest.mark.parametrize(("examples", "held_out"), [(0, 3), (3, 0)])
 def test_empty_split(examples: int, held_out: int) -> None:
     with pytest.raises(TrainingError, match="both need at least one"):
-        train(Line([1.0], [1.0]), examples=examples, held_out=held_out, settings=LoopSettings())
+        train(Line([1.0], [1.0]), examples=examples, held_out=held_out, settings=LoopSettings(learning_rate=0.1))
 
 
 def test_reports_every_step() -> None:
     seen = []
-    settings = LoopSettings(epochs=2, batch_size=4)
+    settings = LoopSettings(learning_rate=0.1, epochs=2, batch_size=4)
     train(Line([1.0] * 8, [1.0]), examples=8, held_out=1, settings=settings, report=lambda *args: seen.append(args[:2]))
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 

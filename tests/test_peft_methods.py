@@ -145,7 +145,7 @@ def test_bad_settings(base: str, tmp_path: Path) -> None:
 
 
 def test_another_base_model_is_refused(base: str, tmp_path: Path) -> None:
-    fitted(LoRA(rank=1), base, tmp_path / "adapter", LoopSettings(epochs=1))
+    fitted(LoRA(rank=1), base, tmp_path / "adapter", LoopSettings(learning_rate=1e-3, epochs=1))
     wider = plain(base).config
     wider.hidden_size = 40
     AutoModelForCausalLM.from_config(wider).save_pretrained(tmp_path / "wider")

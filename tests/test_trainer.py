@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ from tiny_model import save_tiny_model
 from transformers import AutoTokenizer
 
 from evaluation.evaluate import ask_references, evaluate
+from evaluation.reference.full import Full
 from evaluation.reference.loop import LoopSettings
 from evaluation.reference.trainer import finetune, load_reference, same_labels
 from icl_compiler.compile import compile_program, load_tokenizer
@@ -44,7 +46,7 @@ def references(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path
     folders = []
     for seed in (0, 1):
         folder = tmp_path_factory.mktemp("references") / f"seed-{seed}"
-        finetune(words(140, 1), folder, model=tiny, settings=LoopSettings(**{**SETTINGS.__dict__, "seed": seed}))
+        finetune(words(140, 1), folder, model=tiny, method=Full(), settings=replace(SETTINGS, seed=seed))
         folders.append(folder)
     return folders
 
@@ -72,7 +74,7 @@ def test_learns_to_generate(tiny: str, tmp_path: Path) -> None:
             "pairs",
         )
 
-    reference = finetune(pairs(140, 0), tmp_path / "r", model=tiny, settings=SETTINGS)
+    reference = finetune(pairs(140, 0), tmp_path / "r", model=tiny, method=Full(), settings=SETTINGS)
     assert reference.labels == ()
     with pytest.raises(LabelError, match="generates text, it has no labels; `icl merge`"):
         reference.predictor()
@@ -155,7 +157,7 @@ def test_a_killed_training_goes_on_and_then_leaves_nothing_behind(tiny: str, tmp
         if step == 30:
             raise KeyboardInterrupt
 
-    asked = {"model": tiny, "settings": SETTINGS, "checkpoint_every_s": 0.0}
+    asked = {"model": tiny, "method": Full(), "settings": SETTINGS, "checkpoint_every_s": 0.0}
     whole = finetune(words(140, 1), tmp_path / "whole", **asked)
     with pytest.raises(KeyboardInterrupt):
         finetune(words(140, 1), tmp_path / "r", **asked, report=killed)
@@ -172,7 +174,7 @@ def test_a_killed_training_goes_on_and_then_leaves_nothing_behind(tiny: str, tmp
 def test_a_diverging_run_leaves_nothing_behind(tiny: str, tmp_path: Path) -> None:
     settings = LoopSettings(epochs=2, learning_rate=float("inf"))
     with pytest.raises(TrainingError, match="learning-rate"):
-        finetune(words(40, 1), tmp_path / "r", model=tiny, settings=settings)
+        finetune(words(40, 1), tmp_path / "r", model=tiny, method=Full(), settings=settings)
     assert list(tmp_path.iterdir()) == []
 
 

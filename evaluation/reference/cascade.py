@@ -140,8 +140,8 @@ class Recipe:
     ranked: int = 100
     method: Method = field(default_factory=RSR)
     healing: Method = field(default_factory=lambda: RSR(frontier=0))
-    loop: LoopSettings = field(default_factory=LoopSettings)
-    healing_loop: LoopSettings = field(default_factory=lambda: LoopSettings(epochs=2))
+    loop: LoopSettings = field(default_factory=lambda: LoopSettings(learning_rate=RSR.learning_rate))
+    healing_loop: LoopSettings = field(default_factory=lambda: LoopSettings(learning_rate=RSR.learning_rate, epochs=2))
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1 or not 0 <= self.depth <= 1:

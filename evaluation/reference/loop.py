@@ -17,22 +17,23 @@ from evaluation.reference.checkpoint import Checkpoint
 from icl_compiler.errors import TrainingError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoopSettings:
     """How a reference is trained.
 
     Attributes:
         epochs: passes over the training examples, at most.
         batch_size: examples a step.
-        learning_rate: of AdamW, at the end of the warm-up (a tenth of all steps); a cosine leads it to zero.
+        learning_rate: of AdamW, at the end of the warm-up (a tenth of all steps); a cosine leads it to zero. Methods
+            differ by a factor of a hundred in what suits them: `Method.learning_rate` is where to begin.
         checks_per_epoch: how often the held-out loss is measured.
         patience: stop after this many checks without a new best one.
         seed: of the order of the examples.
     """
 
+    learning_rate: float
     epochs: int = 4
     batch_size: int = 16
-    learning_rate: float = 2e-4
     checks_per_epoch: int = 2
     patience: int = 3
     seed: int = 0

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from evaluation.reference.checkpoint import Checkpoint
-from evaluation.reference.full import Full
 from evaluation.reference.loop import Check, LoopSettings, Report
 from evaluation.reference.method import Method, Task, method_class, name_of
 from evaluation.reference.objective import TrainingExample, count_tokens
+from evaluation.reference.rsr.rsr import RSR
 from icl_compiler.artifact import new_folder, read_manifest, require_replaceable, write_manifest
 from icl_compiler.compile import DEFAULT_TEMPLATES, load_tokenizer
 from icl_compiler.data import Dataset
@@ -124,15 +124,16 @@ def finetune(
     A training that is killed is taken up again by the same call: its state lies beside `folder` until it is done.
 
     Args:
-        method: one of `method.METHODS`, with its settings; by default all weights are trained.
+        method: one of `method.METHODS`, with its settings; `RSR` by default.
         held_out: share of the rows that is never trained on, for early stopping; at most 200 rows.
+        settings: of the loop; by default the method's own learning rate, and else what `LoopSettings` says.
 
     Raises:
         TrainingError: if there is too little data, or the loss is not finite.
         ArtifactError: if `folder` is something else than a reference, or cannot be written.
     """
-    settings = settings or LoopSettings()
-    method = method or Full()
+    method = method or RSR()
+    settings = settings or LoopSettings(learning_rate=method.learning_rate)
     labels = data.labels if data.task == "classification" else ()
     if model == "echo":
         raise TrainingError("the model 'echo' has no weights to train; name a real one with --model")

@@ -69,7 +69,7 @@ class RSR(Method):
     schedule: Schedule = "data"
     exchange_every: int = 10
 
-    learning_rate: ClassVar[float] = 2e-2
+    learning_rate: ClassVar[float] = 1e-2
 
     def __post_init__(self) -> None:
         for name, share in (("budget", self.budget), ("replaced", self.replaced), ("sampling", self.sampling)):
@@ -131,7 +131,8 @@ class RSR(Method):
         if not 0 < count <= len(synapses):
             raise TrainingError(
                 f"a budget of {self.budget:g} is {count:,} units of {synapses.size} numbers, and from layer {frontier} "
-                f"on there are {len(synapses):,}; expected at least 1 and at most these"
+                f"on there are {len(synapses):,}; expected at least 1 and at most these: set another budget or a lower "
+                "--first-layer"
             )
         plan = Plan(
             count, self.rounds or loop.epochs, self.importance, self.allocation, self.replaced, self.revert,
