@@ -206,7 +206,7 @@ def floors() -> Iterator[Row]:
 def tables() -> str:
     """What was measured, in Markdown: means over seeds, with the lowest and the highest."""
     lines = []
-    for stage, by in (("search", "rate"), ("main", "method"), ("ablation", "variant"), ("workers", "variant")):
+    for stage, by in (("search", "rate"), ("main", "rate"), ("ablation", "variant"), ("workers", "variant")):
         groups: dict[tuple[object, ...], list[Row]] = {}
         for row in rows_of(ROWS):
             if row["stage"] == stage:
@@ -241,6 +241,7 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
     parser.add_argument("--methods", nargs="+", choices=RATES, default=list(RATES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="not of the search, which has its own")
+    parser.add_argument("--rate", type=float, help="learning rate, in place of the one that the search found")
     parser.add_argument("--part", default="0/1")
     asked = parser.parse_args()
     data = data_folder(DATASETS)
@@ -249,6 +250,8 @@ def main() -> None:
         for number, cell in enumerate(cells([stage], asked.datasets)):
             if cell.method not in asked.methods or (stage != "search" and cell.seed not in asked.seeds):
                 continue
+            if stage != "search" and asked.rate is not None:
+                cell = cell._replace(rate=asked.rate)
             if number % parts != part or json.loads(json.dumps(cell.key)) in [row["key"] for row in rows_of(ROWS)]:
                 continue
             row = {"key": cell.key, **measure(cell, data)}
