@@ -10,6 +10,7 @@ from hashed_words import HashedWords
 
 from benchmarks import quality
 from benchmarks.peers import asking, environments
+from evaluation.reference.rsr.rsr import RSR
 from icl_compiler import compile as compiling
 from icl_compiler.backends.backend import Usage
 from icl_compiler.backends.echo import EchoBackend
@@ -222,7 +223,7 @@ def test_missing_references_are_trained(data, monkeypatch, tmp_path):
     (tmp_path / "ref").mkdir()
     (tmp_path / "ref" / "subj-0").mkdir()
     run(monkeypatch, "--systems", "vote", "--references", str(tmp_path / "ref"), "--reference-examples", "30")
-    assert made == [("subj-1", 30, "RSR", 1, 0.02)]
+    assert made == [("subj-1", 30, "RSR", 1, RSR.learning_rate)]
     [row] = quality.rows_of(quality.ROWS)
     assert row["tv"] == pytest.approx(0.5)
     assert row["floor"] == 0
