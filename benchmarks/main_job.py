@@ -26,9 +26,8 @@ COLUMNS = (
 
 def commands(data: Path, name: str) -> list[list[str]]:
     train, test, work = str(data / name / "train.jsonl"), str(data / name / "test.jsonl"), WORK / name
-    finetune = ["icl", "finetune", train, "--examples", "1200", "--method", "full"]
-    finetune += ["--first-layer", "20", "--learning-rate", "3e-4"]
-    finetune += ["--epochs", str(DATASETS[name])]
+    finetune = ["icl", "finetune", train, "--examples", "1200", "--method", "full", "--first-layer", "20"]
+    finetune += ["--learning-rate", "3e-4", "--epochs", str(DATASETS[name])]
     references = [work / f"reference-{seed}" for seed in (0, 1)]
     return [
         ["icl", "compile", train, "-o", str(work / "program"), "--examples", "1200"],

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 @click.option(
     "--first-layer",
     type=WholeNumber(min=0),
-    show_default="0; of rsr two thirds up",
+    show_default="two thirds up; of full 0",
     help="Train from this layer on (rsr, full). The layers below are computed once, which is faster.",
 )
 @click.option(

@@ -207,7 +207,7 @@ def sweep(
     \b
       icl sweep sweep.yaml -o sweep --dry-run
       icl sweep banking77 mr -o sweep --size 16 --size 256 --size all \\
-          --budget 512 --budget 2048 --method rsr --queries 200
+          --budget 512 --budget 2048 --queries 200
       icl sweep mr -o levels -O0 -O1 -O2 --size 64 --size 256 --dry-run
     """
     from evaluation.sweep import in_process, run
