@@ -259,7 +259,7 @@ def test_steps_of_a_round_minimise_the_loss() -> None:
     logits, targets = torch.randn(40, 6, generator=generator), torch.randint(0, 6, (40,), generator=generator)
     ways = [torch.nn.functional.one_hot(targets, 6) + torch.randn(40, 6, generator=generator) for _ in range(2)]
     before = AnswerLogits(logits, targets, [1] * 40)
-    found = best_steps(before, ways)
+    found = best_steps(before, [before._replace(logits=logits + way) for way in ways])
     grid = np.linspace(0, 2, 81)
     losses = [
         [AnswerLogits(logits + x * ways[0] + y * ways[1], targets, [1] * 40).losses().mean().item() for y in grid]

@@ -19,6 +19,9 @@ from jaxtyping import Float, Int
 from evaluation.reference.frozen_part import FrozenOutputs
 from icl_compiler.prefix_tree import PrefixTree
 
+LOGIT_ROWS = 64
+"""Tokens whose logits are held in float32 at a time: a vocabulary is wide."""
+
 Watch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
 
 
@@ -44,8 +47,9 @@ class AnswerLogits(NamedTuple):
 
     def losses(self) -> Float[torch.Tensor, " answers"]:
         """Negative log-likelihood of each answer, in nats."""
-        parts = torch.nn.functional.cross_entropy(self.logits.float(), self.targets, reduction="none")
-        return torch.stack([part.sum() for part in torch.split(parts, self.lengths)])
+        pieces = zip(torch.split(self.logits, LOGIT_ROWS), torch.split(self.targets, LOGIT_ROWS), strict=True)
+        parts = [torch.nn.functional.cross_entropy(rows.float(), right, reduction="none") for rows, right in pieces]
+        return torch.stack([part.sum() for part in torch.split(torch.cat(parts), self.lengths)])
 
 
 class AnswerLoss:

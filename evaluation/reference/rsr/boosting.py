@@ -15,45 +15,45 @@ import torch
 from jaxtyping import Float, Float32, Int
 from scipy.optimize import minimize
 
-from evaluation.reference.objective import AnswerLogits
+from evaluation.reference.objective import LOGIT_ROWS, AnswerLogits
 
 _LONGEST = 2.0
 
 
-def best_steps(
-    before: AnswerLogits, directions: Sequence[Float[torch.Tensor, "tokens vocabulary"]]
-) -> Float[np.ndarray, " directions"]:
-    """The steps nu in [0, 2] that minimise the mean loss of `before.logits + sum over k of nu_k * directions[k]`.
+def best_steps(before: AnswerLogits, after: Sequence[AnswerLogits]) -> Float[np.ndarray, " ways"]:
+    """The steps nu in [0, 2] that minimise the mean loss of `before + sum over k of nu_k * (after[k] - before)`.
 
     >>> before = AnswerLogits(torch.zeros(2, 2), torch.tensor([0, 1]), [1, 1])
-    >>> best_steps(before, [torch.tensor([[1.0, 0.0], [1.0, 0.0]])]).round(3).tolist()  # right once, wrong once
+    >>> after = before._replace(logits=torch.tensor([[1.0, 0.0], [1.0, 0.0]]))  # right once, wrong once
+    >>> best_steps(before, [after]).round(3).tolist()
     [0.0]
     """
 
-    def loss_and_slope(steps: Float[np.ndarray, " directions"]) -> tuple[float, Float[np.ndarray, " directions"]]:
+    def loss_and_slope(steps: Float[np.ndarray, " ways"]) -> tuple[float, Float[np.ndarray, " ways"]]:
         nu = torch.tensor(steps, dtype=torch.float32, device=before.targets.device, requires_grad=True)
         total = 0.0
-        for begin in range(0, len(before.targets), 64):
-            rows = slice(begin, begin + 64)
-            moved = before.logits[rows].float()
-            for k, direction in enumerate(directions):
-                moved = moved + nu[k] * direction[rows].float()
+        for begin in range(0, len(before.targets), LOGIT_ROWS):
+            rows = slice(begin, begin + LOGIT_ROWS)
+            start = before.logits[rows].float()
+            moved = start
+            for k, end in enumerate(after):
+                moved = moved + nu[k] * (end.logits[rows].float() - start)
             loss = torch.nn.functional.cross_entropy(moved, before.targets[rows], reduction="sum")
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             total += loss.item()
         assert nu.grad is not None
         return total / len(before.lengths), nu.grad.double().cpu().numpy() / len(before.lengths)
 
-    start = np.ones(len(directions))
+    first = np.ones(len(after))
     found = minimize(
         loss_and_slope,
-        start,
+        first,
         jac=True,
         method="L-BFGS-B",
-        bounds=[(0, _LONGEST)] * len(directions),
+        bounds=[(0, _LONGEST)] * len(after),
         options={"maxiter": 5, "ftol": 1e-4},
     )
-    steps: Float[np.ndarray, " directions"] = found.x
+    steps: Float[np.ndarray, " ways"] = found.x
     return steps
 
 

@@ -351,7 +351,7 @@ class Refinement:
         if count > 1:
             members = [(state.modules == module)[:, None] for module in range(count)]
             alone = [self._held_out_logits_at(torch.where(member, end, start)) for member in members]
-        steps = best_steps(before, [found.logits.float() - before.logits.float() for found in alone])
+        steps = best_steps(before, alone)
         if abs(steps - 1).max() >= _AS_IT_IS:
             lengths = torch.from_numpy(steps).float().to(self._device)[state.modules]
             moved = self._held_out_logits_at(start + lengths[:, None] * (end - start))
@@ -421,8 +421,8 @@ class Refinement:
 
     @torch.no_grad()
     def _held_out_logits(self) -> AnswerLogits:
-        found = [self._objective.logits(rows, held_out=True) for rows in self._held_out_parts()]
-        own = [part._replace(logits=part.logits.bfloat16()) for part in found]
+        found = (self._objective.logits(rows, held_out=True) for rows in self._held_out_parts())
+        own = [part._replace(logits=part.logits.bfloat16()) for part in found]  # a vocabulary is wide
         parts = [part for parts in self._workers.gather(own) for part in parts]
         return AnswerLogits(
             torch.cat([part.logits.to(self._device) for part in parts]),
