@@ -8,7 +8,9 @@
   SHiRA has as many parameters as RSR moves at a time. Accuracy and negative log-likelihood are over 400 test rows
   drawn at random; processor seconds are those of the whole training process, its start included; the peak is its
   resident memory. `floor` is the TV between two seeds of a method.
-- ablation: RSR with one part switched off, or exchanged, on 1,111 rows of banking77 and of subj, three seeds.
+- ablation: RSR with one of its parts switched off, or exchanged, on 600 label-balanced rows and 200 held out of
+  banking77 and of subj, three seeds; the loss of the right answer over the same 400 test rows, paired by row. The eight
+  parts (`docs/references.md`) come first, other choices after them.
 - workers: RSR by one and by two processes, on 1,111 rows of banking77; alone on the machine, with all its threads.
 
 Rows are appended to `benchmarks/rows/references.jsonl`; what stands there is not measured again, so that the command
@@ -25,15 +27,23 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from scipy import stats
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.parts.kept import Row, data_folder, keep, rows_of
 from evaluation.evaluate import commit, machine
-from evaluation.reference.trainer import load_reference
+from evaluation.reference.method import Task
+from evaluation.reference.objective import AnswerLoss
+from evaluation.reference.trainer import Reference, load_reference, training_examples
 from evaluation.tv import tv_distance, with_other
-from icl_compiler.data import load_dataset
+from icl_compiler.compile import load_tokenizer
+from icl_compiler.data import Dataset, load_dataset
+from icl_compiler.models import locate
+from icl_compiler.templates import EncodedTemplate
 
 ROWS = Path(__file__).parent / "rows" / "references.jsonl"
 ANSWERS = Path("bench-references")
@@ -48,31 +58,36 @@ RATES = {
     "loreft": (1e-3, 3e-3, 1e-2),
     "head": (1.0,),  # it has none
 }
-ABLATIONS = {
+ABLATIONS: dict[str, dict[str, str]] = {
     "as it is": {},
     "no line search, no adaptive rate": {"line_search": "false"},
     "fixed rate": {"adaptive_rate": "false"},
     "fixed units": {"replaced": "0"},
+    "no trails": {"trails": "false"},
+    "random units": {"importance": "random"},
+    "all above the frontier": {"budget": "0.26", "unit": "576"},
+    "four modules": {"modules": "4"},
+    "one-sided sampling": {"sampling": "0.3"},
+    "one round": {"rounds": "1"},
+    "no pre-training": {},
+    "all layers": {"frontier": "0"},
     "units keep what they learned": {"revert": "false"},
     "half of the budget": {"budget": "0.01"},
-    "no trails": {"trails": "false"},
-    "one-sided sampling": {"sampling": "0.3"},
-    "random units": {"importance": "random"},
     "Fisher importance": {"importance": "fisher"},
     "top units": {"allocation": "top"},
     "whole rows": {"unit": "576"},
     "single entries": {"unit": "1"},
-    "all layers": {"frontier": "0"},
     "the upper two thirds": {"frontier": "10"},
     "six rounds": {"rounds": "6"},
 }
+OWN_RATES = {"all above the frontier": 3e-4}  # full fine-tuning's: at RSR's the loss rises
 WORKERS = {
     "one worker": {},
     "two, each with half of a batch": {"workers": "2"},
     "two, apart": {"workers": "2", "schedule": "local"},
     "two, a module each": {"workers": "2", "schedule": "modules", "modules": "2"},
 }
-TEST_ROWS, SEARCH_ROWS, MAIN_ROWS, ABLATION_ROWS = 400, 600, 2222, 1111
+TEST_ROWS, SEARCH_ROWS, MAIN_ROWS, ABLATION_ROWS, WORKERS_ROWS = 400, 600, 2222, 800, 1111
 
 
 class Cell(NamedTuple):
@@ -112,14 +127,14 @@ def cells(stages: list[str], datasets: list[str]) -> Iterator[Cell]:
             for name in sorted({"banking77", "subj"} & set(datasets)):
                 for variant, settings in ABLATIONS.items():
                     if (rate := found_rate("rsr", name)) is not None:
-                        told = tuple(settings.items())
+                        told, rate = tuple(settings.items()), OWN_RATES.get(variant, rate)
                         yield Cell("ablation", name, "rsr", variant, told, rate, seed, ABLATION_ROWS, EPOCHS[name])
 
     if "workers" in stages:
         for variant, settings in WORKERS.items():
             if (rate := found_rate("rsr", "banking77")) is not None:
                 told = tuple(settings.items())
-                yield Cell("workers", "banking77", "rsr", variant, told, rate, 0, ABLATION_ROWS, EPOCHS["banking77"])
+                yield Cell("workers", "banking77", "rsr", variant, told, rate, 0, WORKERS_ROWS, EPOCHS["banking77"])
 
 
 def found_rate(method: str, dataset: str) -> float | None:
@@ -142,6 +157,10 @@ def measure(cell: Cell, data: Path) -> Row:
         command += ["-o", str(folder), "--method", cell.method, "--learning-rate", str(cell.rate)]
         command += ["--seed", str(cell.seed), "--examples", str(cell.rows), "--epochs", str(cell.epochs)]
         command += [part for name, value in cell.settings for part in ("--set", f"{name}={value}")]
+        if cell.stage == "ablation":
+            command += ["--held-out", "0.25"]
+        if cell.variant == "no pre-training":
+            command += ["--model", str(untrained(Path(scratch) / "untrained", cell.seed))]
         print("$", " ".join(command[1:]), flush=True)
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -165,9 +184,20 @@ def measure(cell: Cell, data: Path) -> Row:
             "machine": machine(),
             "commit": commit(),
         }
-        if cell.stage != "search":
+        if cell.stage == "ablation":
+            row |= answer_losses(cell, reference, data)
+        elif cell.stage != "search":
             row |= ask(cell, reference, data)
     return row
+
+
+def untrained(folder: Path, seed: int) -> Path:
+    """The default model as it was before it had seen a text: its shape and tokenizer, and random weights."""
+    location = locate("smollm2-135m")
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(location)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(location).save_pretrained(folder)
+    return folder
 
 
 def learned(folder: Path) -> list[Path]:
@@ -175,11 +205,28 @@ def learned(folder: Path) -> list[Path]:
     return [file for file in folder.rglob("*") if file.suffix in (".safetensors", ".bin") or "adapter" in file.name]
 
 
-def ask(cell: Cell, reference: Any, data: Path) -> Row:
-    """How right the reference is; its answers are kept for the floor."""
+def test_rows(cell: Cell, data: Path) -> Dataset:
+    """The rows that every reference is asked about."""
     test = load_dataset(str(data / cell.dataset / "test.jsonl"))
     rows = np.sort(np.random.default_rng(0).permutation(len(test))[:TEST_ROWS])
-    test = test.take(rows.tolist())
+    return test.take(rows.tolist())
+
+
+def answer_losses(cell: Cell, reference: Reference, data: Path) -> Row:
+    """The negative log-likelihood of each test row's answer among all texts, as training counts it, in nats."""
+    tokenizer = load_tokenizer(reference.base_model)
+    encoded = EncodedTemplate.build(reference.template, tokenizer, reference.labels)
+    examples = training_examples(encoded, test_rows(cell, data))
+    loss = AnswerLoss(reference.network(), (), examples, bfloat16=Task("", (), ()).bfloat16)
+    with torch.no_grad():
+        parts = [loss.losses(range(i, min(i + 50, len(examples))), held_out=True) for i in range(0, len(examples), 50)]
+    losses = torch.cat(parts)
+    return {"test_loss": float(losses.mean()), "test_losses": [round(x, 4) for x in losses.tolist()]}
+
+
+def ask(cell: Cell, reference: Reference, data: Path) -> Row:
+    """How right the reference is; its answers are kept for the floor."""
+    test = test_rows(cell, data)
     said = reference.predictor().predict(test.texts)
     right = [said.labels.index(answer) for answer in test.answers]
     ANSWERS.mkdir(exist_ok=True)
@@ -203,15 +250,35 @@ def floors() -> Iterator[Row]:
                 yield {"stage": "floor", "dataset": name, "method": method, "tv": float(np.mean(tv))}
 
 
+def effects() -> Iterator[Row]:
+    """What each ablation costs in test loss: the mean over rows and seeds, its 95 % interval over rows, each seed's."""
+    rows = {(r["dataset"], r["variant"], r["seed"]): r for r in rows_of(ROWS) if r["stage"] == "ablation"}
+    for name in ("banking77", "subj"):
+        for variant in ABLATIONS:
+            both = [s for s in range(3) if {(name, variant, s), (name, "as it is", s)} <= set(rows)]
+            if variant == "as it is" or not both:
+                continue
+            pairs = [(rows[name, variant, s]["test_losses"], rows[name, "as it is", s]["test_losses"]) for s in both]
+            more = np.array([np.subtract(*pair) for pair in pairs])
+            low, high = stats.ttest_1samp(more.mean(axis=0), 0).confidence_interval(0.95)
+            yield {
+                "dataset": name,
+                "variant": variant,
+                "more_loss": round(float(more.mean()), 3),
+                "interval": [round(float(low), 3), round(float(high), 3)],
+                "seeds": more.mean(axis=1).round(3).tolist(),
+            }
+
+
 def tables() -> str:
     """What was measured, in Markdown: means over seeds, with the lowest and the highest."""
     lines = []
-    for stage, by in (("search", "rate"), ("main", "rate"), ("ablation", "variant"), ("workers", "variant")):
+    for stage in ("search", "main", "ablation", "workers"):
         groups: dict[tuple[object, ...], list[Row]] = {}
         for row in rows_of(ROWS):
             if row["stage"] == stage:
-                groups.setdefault((row["dataset"], row["method"], row[by]), []).append(row)
-        columns = ["dataset", "method", by, "seeds", *_NUMBERS]
+                groups.setdefault((row["dataset"], row["method"], row["variant"], row["rate"]), []).append(row)
+        columns = ["dataset", "method", "variant", "rate", "seeds", *_NUMBERS]
         lines += ["", stage, "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
         for group, rows in sorted(groups.items(), key=lambda item: str(item[0])):
             cells = [*group, len(rows), *(_cell([row[name] for row in rows if name in row]) for name in _NUMBERS)]
@@ -220,8 +287,8 @@ def tables() -> str:
 
 
 _NUMBERS = (
-    "accuracy", "nll", "held_out_loss", "trained_parameters", "cpu_seconds", "wall_seconds", "seconds_to_best",
-    "peak_mib", "artefact_mb",
+    "accuracy", "nll", "test_loss", "held_out_loss", "trained_parameters", "cpu_seconds", "wall_seconds",
+    "seconds_to_best", "peak_mib", "artefact_mb",
 )  # fmt: skip
 
 
@@ -258,7 +325,7 @@ def main() -> None:
             keep(ROWS, row)
             print({k: row[k] for k in ("held_out_loss", "cpu_seconds", "peak_mib", "accuracy") if k in row}, flush=True)
     print(tables())
-    for row in floors():
+    for row in [*effects(), *floors()]:
         print(row)
 
 

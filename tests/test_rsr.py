@@ -208,10 +208,7 @@ def test_learns_with_few_numbers_and_the_kept_difference_is_what_was_trained(
     losses = [check.held_out_loss for check in fitted.curve]
     assert min(losses) < 0.5 * losses[0]
     kept = saved(fitted, tmp_path / "r")
-    parameters = sum(p.numel() for p in task.load(torch.float32).parameters())
-    assert kept["change"].numel() <= fitted.trained_parameters <= 0.25 * parameters
-    if not method.replaced:
-        assert fitted.trained_parameters == pytest.approx(0.1 * parameters, rel=0.05)
+    assert kept["change"].numel() <= fitted.trained_parameters
     manifest = {"base_model": task.model, **fitted.facts}
     model = RSR.network(tmp_path / "r", manifest)
     with torch.no_grad():
@@ -254,6 +251,16 @@ def test_killed_and_resumed_equals_uninterrupted(task: Task, tmp_path: Path, mon
     torch.testing.assert_close(first["change"], second["change"], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "method", [SMALL, replace(SMALL, rounds=1), replace(SMALL, rounds=2, replaced=0.9), replace(SMALL, revert=False)]
+)
+def test_never_more_than_the_budget_moves(task: Task, method: RSR) -> None:
+    """Whatever enters and leaves; and not much less either."""
+    parameters = sum(weight.numel() for weight in load(Path(task.model)).parameters())
+    share = method.fit(task, replace(LOOP, patience=100)).trained_parameters / parameters
+    assert 0.9 * method.budget < share <= method.budget
+
+
 def test_steps_of_a_round_minimise_the_loss() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, targets = torch.randn(40, 6, generator=generator), torch.randint(0, 6, (40,), generator=generator)
@@ -287,7 +294,7 @@ def test_settings_that_mean_nothing(task: Task) -> None:
         make_method("rsr", {"importance": "guess"})
     with pytest.raises(TrainingError, match="budget should be a share"):
         RSR(budget=1.5)
-    with pytest.raises(TrainingError, match="expected at least 1 and at most these"):
+    with pytest.raises(TrainingError, match="expected at least one at a time and at most these"):
         replace(SMALL, budget=0.99).fit(task, LOOP)
     with pytest.raises(TrainingError, match=r"the loss is nan at step .* smaller --learning-rate \(now 1e\+30\)"):
         SMALL.fit(task, replace(LOOP, learning_rate=1e30))

@@ -38,6 +38,10 @@ class LoopSettings:
     patience: int = 3
     seed: int = 0
 
+    def steps(self, examples: int) -> int:
+        """Steps in all, at most."""
+        return self.epochs * math.ceil(examples / self.batch_size)
+
 
 class Check(NamedTuple):
     """One look at the held-out examples."""
@@ -85,7 +89,7 @@ def train(
         )
     parameters = list(method.parameters())
     steps_per_epoch = math.ceil(examples / settings.batch_size)
-    steps = settings.epochs * steps_per_epoch
+    steps = settings.steps(examples)
     check_every = max(1, steps_per_epoch // settings.checks_per_epoch)
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, foreach=True

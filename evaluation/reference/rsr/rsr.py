@@ -16,7 +16,7 @@ from evaluation.reference.rsr.importance import Allocation, Importance
 from evaluation.reference.rsr.modules import MOST_ASPECTS, aspects_of
 from evaluation.reference.rsr.synapses import Synapses
 from evaluation.reference.rsr.trails import Trails
-from evaluation.reference.rsr.training import Plan, Refinement, Schedule
+from evaluation.reference.rsr.training import Plan, Refinement, Schedule, replaced_after
 from evaluation.reference.rsr.workers import Outcome, Workers, train_together
 from icl_compiler.errors import TrainingError
 from icl_compiler.models import load_causal_lm
@@ -30,7 +30,8 @@ class RSR(Method):
     """Rapid Synaptic Refinement: a small, changing set of connections is trained, in rounds.
 
     Attributes:
-        budget: share of the model's parameters that moves at a time, in (0, 1).
+        budget: share of the model's parameters that may ever move, in (0, 1); at a time fewer do, for units are
+            replaced.
         frontier: lowest layer in which anything moves; what is below is computed once per example. By default two
             thirds of the layers are below.
         unit: numbers that move together, a divisor of the model's width; by default the largest up to 64, a piece of a
@@ -121,21 +122,23 @@ class RSR(Method):
         aspects = None
         if self.modules > 1:
             aspects = workers.agree(aspects_of(task.train, task.answers, seed=loop.seed))
-            if (most := int(aspects.max()) + 1) < self.modules:
-                raise TrainingError(f"modules should be at most the number of labels, {most}; is {self.modules}")
+            if (groups := int(aspects.max()) + 1) < self.modules:
+                raise TrainingError(f"modules should be at most the number of labels, {groups}; is {self.modules}")
         model = task.load(task.frozen_dtype)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         frontier = 2 * len(model.base_model.layers) // 3 if self.frontier is None else self.frontier
         synapses = Synapses(model, frontier=frontier, size=self.unit or _piece(model))
-        count = round(self.budget * parameters / synapses.size)
-        if not 0 < count <= len(synapses):
+        most = int(self.budget * parameters / synapses.size)
+        rounds = min(self.rounds or loop.epochs, loop.steps(len(task.train)))
+        count = int(most / (1 + sum(replaced_after(self.replaced, rounds))))
+        if not 0 < count <= most <= len(synapses):
             raise TrainingError(
-                f"a budget of {self.budget:g} is {count:,} units of {synapses.size} numbers, and from layer {frontier} "
-                f"on there are {len(synapses):,}; expected at least 1 and at most these: set another budget or a lower "
-                "--first-layer"
+                f"a budget of {self.budget:g} is {most:,} units of {synapses.size} numbers, and from layer {frontier} "
+                f"on there are {len(synapses):,}; expected at least one at a time and at most these: set another "
+                "budget or a lower --first-layer"
             )
         plan = Plan(
-            count, self.rounds or loop.epochs, self.importance, self.allocation, self.replaced, self.revert,
+            count, rounds, self.importance, self.allocation, self.replaced, self.revert,
             self.line_search, self.sampling, Trails() if self.trails else None, 0.5, 0.25, self.adaptive_rate,
             self.modules, self.schedule, self.exchange_every,
         )  # fmt: skip

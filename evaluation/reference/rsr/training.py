@@ -50,6 +50,15 @@ class Plan:
     exchange_every: int = 10
 
 
+def replaced_after(share: float, rounds: int) -> list[float]:
+    """The share of the units that is replaced after each round but the last: from `share` down to 0 with a cosine.
+
+    >>> replaced_after(0.3, 3)
+    [0.3, 0.15]
+    """
+    return [share * 0.5 * (1 + math.cos(math.pi * done / (rounds - 1))) for done in range(rounds - 1)]
+
+
 @dataclass
 class _State:
     """All that changes from round to round beside the changes themselves."""
@@ -105,7 +114,7 @@ class Refinement:
         self._workers = workers or Workers()
         self._aspects = np.zeros(train, dtype=np.int64) if aspects is None else aspects
         self._together = self._workers.count == 1 or plan.schedule == "data"
-        self._steps = loop.epochs * math.ceil(train / loop.batch_size)
+        self._steps = loop.steps(train)
         self._rounds = min(plan.rounds, self._steps)
         self._device = synapses.active.device
         self._generator = torch.Generator(self._device).manual_seed(loop.seed)
@@ -372,8 +381,7 @@ class Refinement:
         if plan.adaptive_rate and plan.line_search:
             grown = np.array(state.rates) * np.sqrt(np.clip(steps, 0.5, 1.5))
             state.rates = np.clip(grown, *_RATE_RANGE).tolist()
-        share = plan.replaced * 0.5 * (1 + math.cos(math.pi * state.round / max(1, self._rounds - 1)))
-        count = round(share * len(state.active))
+        count = int(replaced_after(plan.replaced, self._rounds)[state.round] * len(state.active))
         if count:
             self._replace(state, count)
 
