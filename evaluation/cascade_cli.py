@@ -37,6 +37,7 @@ _METHODS = ("rsr", "full", "lora", "shira")
     type=FiniteNumber(0, 1, min_open=True, max_open=True),
     help="Share of the parameters that each generation keeps, about; half of what goes is whole layers.",
 )
+@click.option("--keep-heads", is_flag=True, help="Leave all attention heads in each layer.")
 @click.option(
     "--tolerance",
     default=1.5,
@@ -78,6 +79,7 @@ def cascade(
     output: Path,
     generations: int,
     share: float,
+    keep_heads: bool,
     tolerance: float,
     more: tuple[str, ...],
     tests: tuple[str, ...],
@@ -97,7 +99,8 @@ def cascade(
 ) -> None:
     """Specialise the model on DATA, prune it, heal it; and again.
 
-    In each generation the layers and neurons that the task needs least are dropped. What is left is an ordinary
+    In each generation the layers, heads and neurons that the task needs least are
+    dropped. What is left is an ordinary
     checkpoint in FOLDER/generation-N/model, and what the next generation starts from. Killed, the same command goes
     on where it was.
 
@@ -119,6 +122,7 @@ def cascade(
     rate = learning_rate or how.learning_rate
     recipe = Recipe(
         share=share,
+        heads=not keep_heads,
         method=how,
         healing=healer,
         loop=LoopSettings(epochs=epochs, learning_rate=rate, seed=seed),
@@ -164,7 +168,7 @@ def _lesson(data: "Dataset", test: "Dataset | None", examples: int | None) -> "L
 
 
 def _table(rows: "list[Generation]") -> str:
-    lines = [("", "data", "millions", "layers", "width", "held-out loss", "accuracy", "ms/text", "kept")]
+    lines = [("", "data", "millions", "layers", "heads", "width", "held-out loss", "accuracy", "ms/text", "kept")]
     for row in rows:
         losses = (row.specialised_loss, row.pruned_loss, row.healed_loss)
         lines.append(
@@ -173,6 +177,7 @@ def _table(rows: "list[Generation]") -> str:
                 Path(row.data).name[-16:],
                 f"{row.parameters / 1e6:.1f}",
                 str(row.layers),
+                str(row.heads),
                 str(row.width),
                 " > ".join(f"{loss:.2f}" for loss in losses if loss is not None),
                 f"{row.accuracy:.3f}",

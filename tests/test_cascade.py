@@ -28,7 +28,15 @@ from evaluation.reference.full import Full
 from evaluation.reference.head import Head
 from evaluation.reference.loop import LoopSettings
 from evaluation.reference.objective import TrainingExample
-from evaluation.reference.pruning import Shape, drop_layers, layer_losses, narrow, neuron_importance
+from evaluation.reference.pruning import (
+    Shape,
+    drop_groups,
+    drop_layers,
+    group_importance,
+    layer_losses,
+    narrow,
+    neuron_importance,
+)
 from evaluation.reference.trainer import Reference, load_reference
 from icl_compiler.cli import main
 from icl_compiler.data import Dataset
@@ -117,12 +125,14 @@ def test_a_model_without_layers_is_the_whole_one_with_these_skipped(model: Any, 
 def test_a_pruned_model_is_an_ordinary_one(model: Any, tmp_path: Path) -> None:
     importance = neuron_importance(model, EXAMPLES, bfloat16=False)
     pruned = drop_layers(narrow(model, importance, 32), [1, 3])
+    pruned = drop_groups(pruned, group_importance(pruned, EXAMPLES, bfloat16=False), 1)
     pruned.save_pretrained(tmp_path)
     loaded, found = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]
     torch.testing.assert_close(loaded(IDS).logits, pruned(IDS).logits, atol=1e-6, rtol=0)
     assert (loaded.config.num_hidden_layers, loaded.config.intermediate_size) == (4, 32)
+    assert (loaded.config.num_attention_heads, loaded.config.num_key_value_heads, loaded.config.head_dim) == (2, 1, 8)
     assert len(getattr(loaded.config, "layer_types", None) or range(4)) == 4
     whole = pruned(IDS, use_cache=True)
     step = pruned(IDS[:, -1:], past_key_values=pruned(IDS[:, :-1], use_cache=True).past_key_values)
@@ -159,6 +169,24 @@ def test_a_narrow_model_is_the_whole_one_without_the_least_neurons(model: Any) -
     torch.testing.assert_close(pruned(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_a_model_without_heads_is_the_whole_one_with_the_least_groups_silent(model: Any) -> None:
+    importance = group_importance(model, EXAMPLES, bfloat16=False)
+    assert importance.shape == (6, 2)
+    for layer, scores in zip(model.base_model.layers, importance, strict=True):
+        out = layer.self_attn.o_proj
+        entering = at_each_token(model, out, lambda _, inputs, output: inputs[0])
+        for group in range(2):
+            mine = slice(16 * group, 16 * group + 16)
+            added = (entering[:, mine] @ out.weight[:, mine].T).square().sum(1).sqrt()
+            torch.testing.assert_close(scores[group], added.mean(), atol=1e-4, rtol=1e-4)
+    pruned = drop_groups(model, importance, 1)
+    for layer, scores in zip(model.base_model.layers, importance, strict=True):
+        least = int(scores.argmin())
+        layer.self_attn.o_proj.weight[:, 16 * least : 16 * least + 16] = 0
+    torch.testing.assert_close(pruned(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-5)
+
+
 def test_shape_says_beforehand_what_is_left(model: Any) -> None:
     whole = Shape.of(model)
     assert whole.parameters == model.num_parameters()
@@ -167,6 +195,10 @@ def test_shape_says_beforehand_what_is_left(model: Any) -> None:
         dropped = drop_layers(model, range(whole.layers - wanted.layers))
         assert Shape.of(narrow(dropped, torch.rand(wanted.layers, 64), wanted.width)) == wanted
         assert wanted.parameters / whole.parameters == pytest.approx(share, abs=0.08)
+        fewer = whole.pruned(share, depth=depth, fewer_groups=1)
+        dropped = drop_groups(dropped, torch.rand(fewer.layers, 2), 1)
+        assert Shape.of(narrow(dropped, torch.rand(fewer.layers, 64), fewer.width)) == fewer
+        assert fewer.width >= wanted.width
 
 
 def test_what_cannot_be_pruned(model: Any) -> None:
@@ -174,6 +206,8 @@ def test_what_cannot_be_pruned(model: Any) -> None:
         Shape.of(model).pruned(0.25, depth=1.0)
     with pytest.raises(TrainingError, match=r"leaves 6 layers without an MLP, expected at least 16 of its 64 neurons"):
         Shape.of(model).pruned(0.3, depth=0.0)
+    with pytest.raises(TrainingError, match=r"of 2 groups of heads 2 cannot go"):
+        Shape.of(model).pruned(0.8, depth=0.5, fewer_groups=2)
     with pytest.raises(TrainingError, match=r"of 6 layers, numbered from 0, \[6\] cannot be dropped"):
         drop_layers(model, [6])
     gpt = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=9))
@@ -267,8 +301,13 @@ def test_rows_say_what_is_on_disk(whole: tuple[Path, list[Generation]], tiny: st
         best = [min(check.held_out_loss for check in curve) for curve in curves]
         assert [row.specialised_loss, row.healed_loss] == pytest.approx(best, abs=0.03), "the same held-out rows"
         assert row.pruned_loss > row.healed_loss
-        steps = json.loads((here / "pruned" / "pruning.json").read_text())
-        assert row.dropped == tuple(step["layers"][int(np.argmin(step["skipped"]))] for step in steps)
+        why = json.loads((here / "pruned" / "pruning.json").read_text())
+        assert row.dropped == tuple(step["layers"][int(np.argmin(step["skipped"]))] for step in why["layers"])
+        heads = rows[row.generation - 1].heads
+        assert [one["heads"] for one in why["widths"]] == [heads, heads - 2][: heads // 2]
+        taken = min(why["widths"], key=lambda one: one["loss"])
+        assert (row.heads, row.width) == (taken["heads"], taken["width"])
+        assert row.heads == model.config.num_attention_heads
         assert row.layers == rows[row.generation - 1].layers - len(row.dropped)
         assert row.parameters / rows[row.generation - 1].parameters == pytest.approx(0.75, abs=0.06)
     assert rows[0].accuracy > 0.9

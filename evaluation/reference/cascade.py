@@ -3,12 +3,13 @@
 cascade.json              what was asked for
 rows.jsonl                one row for each model that was measured
 generation-1/specialised  a reference of the precursor
-generation-1/pruned       an ordinary checkpoint, and in pruning.json what each layer was worth when one was dropped
+generation-1/pruned       an ordinary checkpoint, and in pruning.json why it is as it is
 generation-1/healed       a reference of the pruned model
 generation-1/model        an ordinary checkpoint: the precursor of generation 2
 
 - Layers are dropped one at a time, each the one whose absence costs least on held-out examples, ranked again after
-  each; then all MLPs are narrowed (`pruning.py`).
+  each; then all MLPs are narrowed, or a group of attention heads goes from each layer and the MLPs are narrowed less,
+  whichever of the two costs less on these examples (`pruning.py`).
 - The pruned model heals on the labels, by a short training.
 - Each step is a folder that appears complete or not at all. A run that was killed skips those that are there, and the
   training that it was in goes on.
@@ -27,8 +28,16 @@ import torch
 
 from evaluation.reference.loop import LoopSettings, Report, held_out_loss
 from evaluation.reference.method import Method, Task, name_of
-from evaluation.reference.objective import TrainingExample
-from evaluation.reference.pruning import Shape, drop_layers, layer_losses, narrow, neuron_importance
+from evaluation.reference.objective import AnswerLoss, TrainingExample
+from evaluation.reference.pruning import (
+    Shape,
+    drop_groups,
+    drop_layers,
+    group_importance,
+    layer_losses,
+    narrow,
+    neuron_importance,
+)
 from evaluation.reference.rsr.rsr import RSR
 from evaluation.reference.trainer import (
     HELD_OUT,
@@ -77,6 +86,7 @@ class Generation(NamedTuple):
         generation: how often this model was pruned.
         data: what it was specialised on.
         width: neurons of each MLP.
+        heads: of attention, in each layer.
         dropped: layers that its precursor had and it has not, counted from 0 there, in the order they went.
         specialised_loss: of the precursor, specialised.
         pruned_loss: the same model pruned; `None` in a first row.
@@ -92,6 +102,7 @@ class Generation(NamedTuple):
     parameters: int
     layers: int
     width: int
+    heads: int
     dropped: tuple[int, ...]
     specialised_loss: float
     pruned_loss: float | None
@@ -127,7 +138,8 @@ class Recipe:
 
     Attributes:
         share: of the parameters that a generation keeps, about, in (0, 1).
-        depth: share of what goes that goes as whole layers, the rest as neurons of the MLPs, in [0, 1].
+        depth: share of what goes that goes as whole layers, the rest as neurons of the MLPs and heads, in [0, 1].
+        heads: whether attention heads may go, where that costs less than neurons.
         ranked: most held-out rows that layers and neurons are judged by.
         method: how a generation is specialised.
         healing: how it heals; all its layers were touched, so that RSR reaches down to the first.
@@ -137,6 +149,7 @@ class Recipe:
 
     share: float = 0.75
     depth: float = 0.5
+    heads: bool = True
     ranked: int = 100
     method: Method = field(default_factory=RSR)
     healing: Method = field(default_factory=lambda: RSR(frontier=0))
@@ -193,14 +206,14 @@ def run_cascade(
     notify = notify or (lambda _: None)
     if not lessons:
         raise TrainingError("a cascade learns from data, and was given none; expected at least one lesson")
-    shapes = [Shape.of(load_causal_lm(model, torch.bfloat16))]
+    shape = Shape.of(load_causal_lm(model, torch.bfloat16))
     for _ in range(generations):
-        shapes.append(shapes[-1].pruned(recipe.share, depth=recipe.depth))
+        shape = shape.pruned(recipe.share, depth=recipe.depth)  # refused now, not after hours
     text_template = Template.from_name(template or DEFAULT_TEMPLATES["classification"])
     exams = [_Exam.of(lesson, model, text_template, recipe) for lesson in lessons]
     _begin(folder, {"model": model, "template": text_template.source, "recipe": recipe.as_dict()}, lessons)
     rows = _read_rows(folder)
-    for generation, shape in enumerate(shapes[1:], start=1):
+    for generation in range(1, generations + 1):
         if (stopped := _verdict(rows, tolerance)) is not None:
             return Cascade(rows, stopped)
         if any(row.generation == generation and not row.first for row in rows):
@@ -218,8 +231,10 @@ def run_cascade(
             rows.append(first._replace(generation=generation - 1, trained_s=specialised.curve[-1].seconds))
             _write_rows(folder, rows)
         if not (here / "pruned").exists():
-            notify(f"generation {generation}: from {shapes[generation - 1].layers} to {shape.layers} layers")
-            _prune(specialised, shape, exam, here / "pruned")
+            network = specialised.network().to(exam.task.device).eval()
+            layers = Shape.of(network).pruned(recipe.share, depth=recipe.depth).layers
+            notify(f"generation {generation}: from {len(network.base_model.layers)} to {layers} layers")
+            _prune(network, layers, specialised.folder, exam, recipe, here / "pruned")
         pruned = str(here / "pruned")
         with bar(f"generation {generation}, healing") as report:
             healed = _trained(
@@ -229,12 +244,11 @@ def run_cascade(
             healed.merge(here / "model")
         found = exam.measured(exam.load(str(here / "model")), seed=recipe.loop.seed)
         first = next(row for row in reversed(rows) if row.first)
+        why = json.loads((here / "pruned" / _PRUNING).read_text(encoding="utf-8"))
         rows.append(
             found._replace(
                 generation=generation,
-                dropped=tuple(
-                    step["dropped"] for step in json.loads((here / "pruned" / _PRUNING).read_text(encoding="utf-8"))
-                ),
+                dropped=tuple(step["dropped"] for step in why["layers"]),
                 specialised_loss=exam.loss(specialised.network()),
                 pruned_loss=exam.loss(exam.load(pruned)),
                 healed_loss=found.specialised_loss,
@@ -284,7 +298,7 @@ class _Exam(NamedTuple):
         timed = self.asked.texts[:_TIMED]
         seconds = min(predictor.predict(timed).seconds for _ in range(3)) / len(timed)
         return Generation(
-            0, self.lesson.data.source, shape.parameters, shape.layers, shape.width, (), loss, None, None,
+            0, self.lesson.data.source, shape.parameters, shape.layers, shape.width, shape.heads, (), loss, None, None,
             float(np.mean(right)), "held-out" if self.lesson.test is None else "test", len(right), seconds, 1.0, 0.0,
             seed,
         )  # fmt: skip
@@ -308,24 +322,36 @@ def _trained(
     )
 
 
-def _prune(specialised: Reference, shape: Shape, exam: _Exam, output: Path) -> None:
+def _prune(network: Any, layers: int, tokenizer: Path, exam: _Exam, recipe: Recipe, output: Path) -> None:
     from transformers import AutoTokenizer
 
     bfloat16 = exam.task.bfloat16
-    network = specialised.network().to(exam.task.device).eval()
+    whole = Shape.of(network)
     numbers = list(range(len(network.base_model.layers)))
     steps: list[dict[str, Any]] = []
-    while len(numbers) > shape.layers:
+    while len(numbers) > layers:
         found = layer_losses(network, exam.ranked, bfloat16=bfloat16)
         least = int(np.argmin(found.skipped))
         steps.append({"dropped": numbers[least], "layers": list(numbers), **found._asdict()})
         network = drop_layers(network, [least])
         del numbers[least]
-    network = narrow(network, neuron_importance(network, exam.ranked, bfloat16=bfloat16), shape.width)
+    neurons = neuron_importance(network, exam.ranked, bfloat16=bfloat16)
+    tried = []
+    for fewer in range(min(2, whole.groups) if recipe.heads else 1):
+        shape = whole.pruned(recipe.share, depth=recipe.depth, fewer_groups=fewer)
+        other = network
+        if fewer:
+            heads = group_importance(network, exam.ranked, bfloat16=bfloat16)
+            other = drop_groups(network, heads, shape.groups)
+        other = narrow(other, neurons, shape.width)
+        objective = AnswerLoss(other, (), exam.ranked, bfloat16=bfloat16)
+        tried.append((held_out_loss(objective, len(exam.ranked), 16), shape, other))
+    _, _, pruned = min(tried, key=lambda one: one[0])
+    widths = [{"heads": shape.heads, "width": shape.width, "loss": loss} for loss, shape, _ in tried]
     with new_folder(output) as draft:
-        network.to(torch.bfloat16).save_pretrained(draft)
-        AutoTokenizer.from_pretrained(specialised.folder).save_pretrained(draft)
-        (draft / _PRUNING).write_text(json.dumps(steps), encoding="utf-8")
+        pruned.to(torch.bfloat16).save_pretrained(draft)
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(draft)
+        (draft / _PRUNING).write_text(json.dumps({"layers": steps, "widths": widths}), encoding="utf-8")
 
 
 def _begin(folder: Path, asked: dict[str, Any], lessons: Sequence[Lesson]) -> None:

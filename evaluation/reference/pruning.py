@@ -5,13 +5,14 @@
   (ShortGPT, arXiv 2403.03853), is measured in the same pass and reported beside it.
 - A neuron j of an MLP is judged by mean_t |a_tj| * |W_down[:, j]|_2, the size of what it adds to the stream; a_t is
   what enters `down_proj` at token t. (Minitron, arXiv 2407.14679, aggregates the activations alone.)
-- Attention heads stay: `num_attention_heads` ties them to keys, to positions and to the width of the stream.
+- Attention heads that share keys and values are a group, and go together; every layer keeps as many. A group is judged
+  by mean_t |W_o[:, g] a_tg|_2, again the size of what it adds to the stream.
 - A pruned model is built anew from its configuration, so that it is an ordinary one; the model given is left alone.
 - A token that several examples of a batch share (the instruction) counts once a batch.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ _BATCH = 64
 _MULTIPLE = 16
 _LISTS_OF_LAYERS = ("layer_types", "no_rope_layers")
 _MLP = ("gate_proj", "up_proj", "down_proj")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class LayerLosses(NamedTuple):
@@ -47,15 +49,21 @@ class Shape(NamedTuple):
 
     Attributes:
         width: neurons of each MLP.
+        heads: of attention, in each layer.
+        groups: of heads that share keys and values; 1 where the attention is built in another way, and stays.
         per_layer: parameters of a layer, its MLP included.
         per_neuron: parameters of a neuron in one layer.
+        per_group: parameters of a group in one layer.
     """
 
     parameters: int
     layers: int
     width: int
+    heads: int
+    groups: int
     per_layer: int
     per_neuron: int
+    per_group: int
 
     @classmethod
     def of(cls, model: Any) -> "Shape":
@@ -73,19 +81,30 @@ class Shape(NamedTuple):
             )
         assert layers is not None and mlp is not None
         rows = sum(mlp.get_submodule(name).bias is not None for name in _MLP[:2])
+        config, attention = model.config.get_text_config(), getattr(layers[0], "self_attn", None)
+        usual = all(isinstance(getattr(attention, name, None), torch.nn.Linear) for name in _ATTENTION)
+        groups = config.num_key_value_heads if usual else 1
+        tied = 0  # what goes with the heads: all of the attention but norms and the bias of the way out
+        if usual:
+            assert attention is not None
+            tied = sum(_count(attention.get_submodule(name)) for name in _ATTENTION[:3])
+            tied += attention.o_proj.weight.numel()
         return cls(
-            _count(model), len(layers), mlp.down_proj.in_features, _count(layers[0]),
-            3 * mlp.down_proj.out_features + rows,
+            _count(model), len(layers), mlp.down_proj.in_features, config.num_attention_heads, groups,
+            _count(layers[0]), 3 * mlp.down_proj.out_features + rows, tied // groups,
         )  # fmt: skip
 
-    def pruned(self, share: float, *, depth: float) -> "Shape":
+    def pruned(self, share: float, *, depth: float, fewer_groups: int = 0) -> "Shape":
         """The shape with about `share` of the parameters, in (0, 1); `depth` of what goes is in whole layers.
 
-        Raises:
-            TrainingError: if that leaves fewer than two layers, or hardly an MLP.
+        Args:
+            fewer_groups: how many groups of heads go from each layer; the rest is neurons.
 
-        >>> Shape(1000, 10, 24, 80, 2).pruned(0.7, depth=0.5)
-        Shape(parameters=712, layers=8, width=16, per_layer=64, per_neuron=2)
+        Raises:
+            TrainingError: if that leaves fewer than two layers, hardly an MLP, or no attention.
+
+        >>> Shape(1000, 10, 24, 4, 2, 80, 2, 10).pruned(0.7, depth=0.5)
+        Shape(parameters=712, layers=8, width=16, heads=4, groups=2, per_layer=64, per_neuron=2, per_group=10)
         """
         gone = (1 - share) * self.parameters
         layers = self.layers - round(depth * gone / self.per_layer)
@@ -94,7 +113,9 @@ class Shape(NamedTuple):
                 f"keeping {share:g} of the {self.parameters:,} parameters leaves {max(0, layers)} of {self.layers} "
                 "layers, expected at least 2; use a larger --share, or fewer --generations"
             )
-        rest = gone - (self.layers - layers) * self.per_layer
+        if fewer_groups >= self.groups:
+            raise TrainingError(f"of {self.groups} groups of heads {fewer_groups} cannot go; expected that one is left")
+        rest = gone - (self.layers - layers) * self.per_layer - layers * fewer_groups * self.per_group
         width = _MULTIPLE * round((self.width - rest / (layers * self.per_neuron)) / _MULTIPLE)
         if width < _MULTIPLE:
             raise TrainingError(
@@ -103,9 +124,11 @@ class Shape(NamedTuple):
                 "--generations"
             )
         width = min(width, self.width)
-        per_layer = self.per_layer - (self.width - width) * self.per_neuron
+        per_layer = self.per_layer - (self.width - width) * self.per_neuron - fewer_groups * self.per_group
         parameters = self.parameters - self.layers * self.per_layer + layers * per_layer
-        return Shape(parameters, layers, width, per_layer, self.per_neuron)
+        groups = self.groups - fewer_groups
+        heads = self.heads // self.groups * groups
+        return Shape(parameters, layers, width, heads, groups, per_layer, self.per_neuron, self.per_group)
 
 
 @torch.no_grad()
@@ -139,18 +162,51 @@ def neuron_importance(
     model: Any, examples: Sequence[TrainingExample], *, bfloat16: bool
 ) -> Float[torch.Tensor, "layers width"]:
     """mean_t |a_tj| * |W_down[:, j]|_2 of each neuron j of each MLP, on `examples`."""
-    objective = AnswerLoss(model, (), examples, bfloat16=bfloat16)
     downs = [layer.mlp.down_proj for layer in model.base_model.layers]
     sums = torch.zeros(len(downs), downs[0].in_features)
+
+    def see(layer: int, entering: torch.Tensor) -> None:
+        sums[layer] += entering.abs().sum(0).cpu()
+
+    tokens = _watch(model, downs, examples, see, bfloat16=bfloat16)
+    return sums / tokens * torch.stack([down.weight.float().norm(dim=0).cpu() for down in downs])
+
+
+@torch.no_grad()
+def group_importance(
+    model: Any, examples: Sequence[TrainingExample], *, bfloat16: bool
+) -> Float[torch.Tensor, "layers groups"]:
+    """mean_t |W_o[:, g] a_tg|_2 of each group g of heads that share keys and values, on `examples`."""
+    outs = [layer.self_attn.o_proj for layer in model.base_model.layers]
+    groups = model.config.num_key_value_heads
+    sums = torch.zeros(len(outs), groups)
+
+    def see(layer: int, entering: torch.Tensor) -> None:
+        parts = zip(entering.chunk(groups, dim=1), outs[layer].weight.float().chunk(groups, dim=1), strict=True)
+        sums[layer] += torch.stack([(part @ weight.T).norm(dim=1).sum() for part, weight in parts]).cpu()
+
+    return sums / _watch(model, outs, examples, see, bfloat16=bfloat16)
+
+
+def _watch(
+    model: Any,
+    modules: Sequence[Any],
+    examples: Sequence[TrainingExample],
+    see: Callable[[int, torch.Tensor], object],
+    *,
+    bfloat16: bool,
+) -> int:
+    """Show what enters each of `modules` at the tokens of `examples`, in float32; how many tokens there were."""
+    objective = AnswerLoss(model, (), examples, bfloat16=bfloat16)
     tokens, size = 0, 0
 
-    def added_to(row: torch.Tensor) -> Any:
+    def shown_as(number: int) -> Any:
         def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            row.add_(inputs[0][0, :size].float().abs().sum(0).cpu())
+            see(number, inputs[0][0, :size].float())
 
         return hook
 
-    hooks = [down.register_forward_pre_hook(added_to(row)) for down, row in zip(downs, sums, strict=True)]
+    hooks = [module.register_forward_pre_hook(shown_as(number)) for number, module in enumerate(modules)]
     try:
         for rows, size in _batches(examples):  # the hooks read `size`
             objective.losses(rows, held_out=True)
@@ -158,7 +214,7 @@ def neuron_importance(
     finally:
         for hook in hooks:
             hook.remove()
-    return sums / tokens * torch.stack([down.weight.float().norm(dim=0).cpu() for down in downs])
+    return tokens
 
 
 def drop_layers(model: Any, layers: Sequence[int]) -> Any:
@@ -204,6 +260,26 @@ def narrow(model: Any, importance: Float[torch.Tensor, "layers width"], width: i
                 weights[name] = weight[kept.to(weight.device)]
             elif name.endswith("weight"):
                 weights[name] = weight[:, kept.to(weight.device)]
+    return _built(model, config, weights)
+
+
+def drop_groups(model: Any, importance: Float[torch.Tensor, "layers groups"], groups: int) -> Any:
+    """An ordinary model like `model` that keeps the `groups` most important groups of heads of each layer, in order."""
+    config = copy.deepcopy(model.config)
+    attention = model.base_model.layers[0].self_attn
+    config.head_dim = attention.head_dim  # else it would be the width by the number of heads
+    config.num_key_value_heads, config.num_attention_heads = groups, groups * attention.num_key_value_groups
+    weights = model.state_dict()
+    for layer, scores in enumerate(importance):
+        kept = scores.topk(groups).indices.sort().values
+        begin = f"{model.base_model_prefix}.layers.{layer}.self_attn."
+        for name in [name for name in weights if name.startswith(begin)]:
+            weight, place = weights[name], kept.to(weights[name].device)
+            kind = name.removeprefix(begin).partition(".")[0]
+            if kind in _ATTENTION[:3]:
+                weights[name] = weight.unflatten(0, (len(scores), -1))[place].flatten(0, 1)
+            elif kind == "o_proj" and name.endswith("weight"):
+                weights[name] = weight.unflatten(1, (len(scores), -1))[:, place].flatten(1, 2)
     return _built(model, config, weights)
 
 
