@@ -1,4 +1,4 @@
-"""A random Llama of two layers, and the obvious way to score a word with any causal model: the tests' oracle."""
+"""Small random Llamas, and the obvious way to score a word with any causal model: the tests' oracle."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def save_tiny_model(folder: Path, *, vocabulary: int = 97, seed: int = 0, scale: float = 0.3) -> Path:
@@ -18,6 +19,21 @@ def save_tiny_model(folder: Path, *, vocabulary: int = 97, seed: int = 0, scale:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def save_byte_model(folder: Path) -> Path:
+    """With a tokenizer whose tokens are bytes."""
+    save_tiny_model(folder, vocabulary=256)
+    save_byte_tokenizer(folder)
+    return folder
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 @torch.inference_mode()
