@@ -317,7 +317,7 @@ def main() -> None:
         for number, cell in enumerate(cells([stage], asked.datasets)):
             if cell.method not in asked.methods or (stage != "search" and cell.seed not in asked.seeds):
                 continue
-            if stage != "search" and asked.rate is not None:
+            if stage != "search" and asked.rate is not None and cell.variant not in OWN_RATES:
                 cell = cell._replace(rate=asked.rate)
             if number % parts != part or json.loads(json.dumps(cell.key)) in [row["key"] for row in rows_of(ROWS)]:
                 continue
