@@ -7,6 +7,7 @@ coverage.
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Int64
@@ -17,7 +18,7 @@ from icl_compiler.errors import BudgetError, DataError, EnsembleError, RegistryE
 from icl_compiler.layouts import Expected, Layout, computed_tokens, make_blocks
 from icl_compiler.models import cache_folder, locate
 from icl_compiler.program import SAME_FOR_ALL, Program, Settings, encode_pool
-from icl_compiler.registry import RETRIEVERS, resolve
+from icl_compiler.registry import RETRIEVERS, did_you_mean, resolve
 from icl_compiler.reranker import Reranker
 from icl_compiler.selection import Order, joined
 from icl_compiler.templates import EncodedTemplate, Template
@@ -73,12 +74,15 @@ def compile_program(
         ensembles: prompts for each text; the shots of each are others, and the label probabilities are averaged.
 
     Raises:
+        RegistryError: if there is no such retriever, order or layout.
         DataError: if `data` has no rows, or fewer than `examples`, or no labels to order shots by.
         LabelError: if a label word is a prefix of another.
         EnsembleError: if several prompts are wanted for targets, or where all would be the same.
         BudgetError: if not even the instruction fits the budget.
     """
     notify = notify or (lambda _: None)
+    _require_known("order", order, get_args(Order))
+    _require_known("layout", layout, get_args(Layout))
     if shots is not None and shots < 0:
         raise DataError(f"shots should be >= 0, is now {shots}")
     if cache_block < 1 or (clusters is not None and clusters < 1) or not 0 < block_share < 1:
@@ -136,6 +140,17 @@ def compile_program(
         ensembles,
     )
     return laid_out(Program(settings, data.task, encoded, pool, index))
+
+
+def _require_known(what: str, name: str | None, known: Collection[str]) -> None:
+    """Nothing, if `name` is one of `known`, or `None`.
+
+    >>> _require_known("layout", "cluster", ["shared", "clustered"])
+    Traceback (most recent call last):
+    icl_compiler.errors.RegistryError: unknown layout 'cluster'. Did you mean 'clustered'? Available: shared, clustered.
+    """
+    if name is not None and name not in known:
+        raise RegistryError(f"unknown {what} {name!r}. {did_you_mean(str(name), known)}")
 
 
 def laid_out(program: Program) -> Program:

@@ -157,6 +157,12 @@ def test_settings_are_refused_in_fit():
         {"budget": 5},
         {"examples": 99},
         {"level": 4},
+        {"layout": "shard"},
+        {"order": "best"},
+        {"cache_block": 0},
+        {"block_share": 1.0, "layout": "mixed"},
+        {"ensembles": 0},
+        {"ensembles": 2, "layout": "shared"},
     ):
         with pytest.raises((ICLError, ValueError, TypeError)):
             fitted(**settings)
@@ -309,6 +315,27 @@ def test_levels_are_those_of_the_command_line(encoder_without_a_model):
     assert found.score(X, y) > 0.9
     copy = pickle.loads(pickle.dumps(found))
     assert (copy.predict_proba(X) == found.predict_proba(X)).all()
+
+
+def test_layouts_and_averages_are_those_of_the_command_line(encoder_without_a_model, tmp_path):
+    X, y = telling()
+    data = Dataset(tuple(X), tuple(map(str, y)), "classification", "X")
+    for settings in (
+        {"layout": "shared", "cache_block": 32},
+        {"layout": "mixed", "clusters": 3, "block_share": 0.25, "shots": 8},
+        {"ensembles": 2, "shots": 3},
+    ):
+        asked = {"model": "echo", "budget": 700, "retriever": "bm25", **settings}
+        found = PromptClassifier(**asked).fit(X, y)
+        expected = compile_program(data, **asked)
+        assert found.program_.settings == expected.settings
+        assert found.program_.prompt_sets(X[:9]) == expected.prompt_sets(X[:9])
+        save_program(found.program_, tmp_path / "program")
+        again = clone(PromptClassifier.from_program(tmp_path / "program")).fit(X, list(map(str, y)))
+        assert again.program_.settings == expected.settings
+    search = {"budget": 700, "shots": 4, "retriever": "bm25", "level": 2, "search_queries": 400}
+    found = PromptClassifier("echo", **search, search_layouts=True).fit(X, y)
+    assert {row["layout"] for row in found.trace_ if row.get("race") == "layouts"} > {"shared", "mixed"}
 
 
 def test_a_calibration_is_that_of_the_program(encoder_without_a_model, tmp_path):

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Mapping, Set
 from contextlib import suppress
 from functools import cache
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import RLock
@@ -40,7 +40,6 @@ from icl_compiler.compile import compile_program
 from icl_compiler.data import Dataset
 from icl_compiler.errors import InputError, TemplateError
 from icl_compiler.optimise.levels import DEFAULT_RETRIEVERS, Optimised, optimise
-from icl_compiler.optimise.variants import Variant
 from icl_compiler.predictor import Predictions, PromptedPredictor, open_backend
 from icl_compiler.program import Program
 from icl_compiler.readers import kind, listed
@@ -54,11 +53,13 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
     """A frozen language model with shots from the training texts, as a scikit-learn classifier.
 
     Args:
-        model, encoder, template, retriever, shots, budget, examples, order, per_label: as of
-            `icl_compiler.compile.compile_program`. `None` is its default or, from level 2 on, to be searched.
+        model, encoder, template, retriever, shots, budget, examples, order, per_label, layout, clusters, cache_block,
+            block_share, ensembles: as of `icl_compiler.compile.compile_program`. `None` is its default or, from level 2
+            on, to be searched, as far as that level does.
         level: 0 for random shots, 1 for the nearest ones, 2 and 3 for a search on held-out training texts: `icl compile
             -O`.
         search_queries: most prompts that levels 2 and 3 ask the model; by default 1,500 and 3,000.
+        search_layouts: whether levels 2 and 3 search the layout too, beginning with `layout`.
         calibration: a name of the table of calibrations, or "best" for the one of lowest held-out risk; by default the
             best from level 2 on, and none below.
         label_words: the word in the prompt for each class, `{0: "negative", 1: "positive"}`; by default `str(class)`.
@@ -97,8 +98,14 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         examples: Any = None,
         order: Any = None,
         per_label: Any = None,
+        layout: Any = "per-query",
+        clusters: Any = None,
+        cache_block: Any = 16,
+        block_share: Any = 0.5,
+        ensembles: Any = None,
         level: Any = 1,
         search_queries: Any = None,
+        search_layouts: Any = False,
         calibration: Any = None,
         label_words: Any = None,
         random_state: Any = 0,
@@ -115,8 +122,14 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         self.examples = examples
         self.order = order
         self.per_label = per_label
+        self.layout = layout
+        self.clusters = clusters
+        self.cache_block = cache_block
+        self.block_share = block_share
+        self.ensembles = ensembles
         self.level = level
         self.search_queries = search_queries
+        self.search_layouts = search_layouts
         self.calibration = calibration
         self.label_words = label_words
         self.random_state = random_state
@@ -137,8 +150,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         """The fitted classifier of a program that `icl compile` or `save_program` wrote.
 
         A folder knows label words, so these are the classes; `label_words` names others. The classifier's arguments are
-        those of the program, so that `clone(...).fit` compiles alike for other texts: without its search, at level 1,
-        and in the layout per-query.
+        those of the program, so that `clone(...).fit` compiles alike for other texts: without its search, at level 1.
 
         Raises:
             ArtifactError: if `folder` is no program, or a damaged one.
@@ -165,6 +177,11 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
             budget=settings.budget,
             order=settings.order,
             per_label=settings.per_label,
+            layout=settings.layout,
+            clusters=settings.clusters or None,
+            cache_block=settings.cache_block,
+            block_share=settings.block_share,
+            ensembles=settings.ensembles,
             calibration=None if program.calibration.method == "none" else program.calibration.method,
             label_words=label_words,
             random_state=settings.seed,
@@ -228,6 +245,11 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
             seed=int(seed),
             order=self.order,
             per_label=_count("per_label", self.per_label) or 0,
+            layout=self.layout,
+            clusters=_count("clusters", self.clusters),
+            cache_block=int(check_scalar(self.cache_block, "cache_block", Integral, min_val=1)),
+            block_share=float(check_scalar(self.block_share, "block_share", Real)),
+            ensembles=1 if self.ensembles is None else int(check_scalar(self.ensembles, "ensembles", Integral)),
         )
         wanted = None if self.calibration in (None, "best") else [self.calibration]
         if level < 2 and self.calibration in (None, "none"):
@@ -239,11 +261,18 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
             return optimise(
                 program,
                 self._backend(program),
-                fixed=frozenset(name for name in Variant._fields if getattr(self, name, None) is not None),
+                fixed=frozenset(name for name, value in self._named().items() if value is not None),
                 level=level,
                 queries=_count("search_queries", self.search_queries),
+                layouts=bool(self.search_layouts),
                 calibrations=wanted,
             )
+
+    def _named(self) -> dict[str, Any]:
+        """What a search may change; `None` where it may."""
+        named = {name: getattr(self, name) for name in ("retriever", "shots", "order", "per_label", "template")}
+        # Averages deal the shots out, and fewer a prompt are no more what was named.
+        return {**named, "ensembles": self.shots if self.ensembles is None else self.ensembles}
 
     def predict(self, X: Any) -> Shaped[np.ndarray, " texts"]:
         """The likeliest class of each text."""
