@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Literal
 
 from icl_compiler.errors import ColumnError, DataError, DataFormatError, LabelError
-from icl_compiler.readers import Table, kind, listed, read_lines, read_table
+from icl_compiler.readers import read_lines, read_table
 from icl_compiler.row_filter import rows_where
+from icl_compiler.table import Table, kind, listed
 
 # Names of columns, best first; between bars, forms of one name, so that two of them are no ambiguity.
 TEXT_NAMES = (

@@ -1,59 +1,27 @@
-"""From a source, as the user names it, to a table of columns: CSV, TSV, JSONL, JSON, Parquet, Hugging Face.
+"""From a source, as the user names it, to a table of columns: CSV, TSV, JSONL, JSON, and those of `arrow_readers`.
 
-- One function per format, each around the library that knows it (csv, json, pyarrow, datasets). What they
-  share is only that they end in a `Table`; what the columns mean is decided in `data.py`.
+- One function per format, each around the library that knows it (csv, json). What they share is only that they end in
+  a `Table`; what the columns mean is decided in `data.py`.
 - A column becomes a list when it is asked for, so that a Parquet file with embeddings costs nothing.
-- `None` means "nothing stands here": an empty CSV cell, null, an absent key, NaN in a column of numbers.
+- `None` means "nothing stands here": an empty CSV cell, null, an absent key, NaN.
   The strings "nan", "None", "NA" are strings: no reader here guesses missing values from them.
 - Text files are decoded as a whole, strictly, before they are parsed; rows end at line ends only, not at
   U+2028 and its kin (as `str.splitlines` would have it), which stand inside real texts.
 - Rows carry the number that a person sees in the file: the header of a CSV is row 1.
-- pyarrow and datasets are imported inside the functions that need them (datasets takes a second).
 """
 
 import csv
 import difflib
 import io
 import json
-import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from icl_compiler.arrow_readers import HUB, read_folder, read_hub, read_parquet
 from icl_compiler.errors import ColumnError, DataError, DataFormatError
-from icl_compiler.models import without_hub_use_its_cache
-
-HUB = "hf:"
-
-
-@dataclass(frozen=True)
-class Table:
-    """The columns of a file, before any of them is chosen."""
-
-    names: tuple[str, ...]
-    column: Callable[[str], list[object]]
-    """The values of a column, one per row, `None` where nothing stands."""
-    rows: Sequence[int]
-    """The number of each row in the file."""
-    missing: str
-    """How a missing value looks in this format, to end a sentence."""
-    unit: str = "row"
-    """What `rows` counts: "row", or "line" where cells run over several lines."""
-    warnings: tuple[str, ...] = ()
-
-    def place(self, index: int) -> str:
-        """Where the row with this index stands in the file: "row 7"."""
-        return f"{self.unit} {self.rows[index]}"
-
-    def places(self, indices: Sequence[int]) -> str:
-        """Where the first three of these rows stand: "row 7", or "rows 3, 9, 12 and 4 more"."""
-        if len(indices) == 1:
-            return self.place(indices[0])
-        first = ", ".join(str(self.rows[index]) for index in indices[:3])
-        return f"{self.unit}s {first}" + (f" and {len(indices) - 3} more" if len(indices) > 3 else "")
+from icl_compiler.table import Table, kind, listed, or_none
 
 
 def read_table(source: str | Path) -> Table:
@@ -76,11 +44,11 @@ def read_table(source: str | Path) -> Table:
     """
     name = str(source)
     if name.startswith(HUB):
-        table = _read_hub(name)
+        table = read_hub(name)
     else:
         path, split = _locate(name)
         if path.is_dir():
-            table = _read_folder(path, split)
+            table = read_folder(path, split, files=READERS)
         else:
             reader = READERS.get(path.suffix.lower())
             if reader is None:
@@ -270,6 +238,10 @@ def _check_separator(path: Path, header: list[str], separator: str) -> None:
         )
 
 
+def _cells(number: int) -> str:
+    return "1 cell" if number == 1 else f"{number} cells"
+
+
 def _cells_table(records: _Records, warnings: tuple[str, ...] = ()) -> Table:
     def column(name: str) -> list[object]:
         position = records.header.index(name)
@@ -325,163 +297,10 @@ def _object(path: Path, number: int, value: object, hint: str = "") -> dict[str,
 def _objects_table(objects: list[dict[str, object]], numbers: Sequence[int]) -> Table:
     return Table(
         names=tuple(dict.fromkeys(name for row in objects for name in row)),
-        column=lambda name: [_or_none(row.get(name)) for row in objects],
+        column=lambda name: [or_none(row.get(name)) for row in objects],
         rows=numbers,
         missing="null or no such key",
     )
-
-
-# Arrow formats
-
-
-def _read_parquet(path: Path) -> Table:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        if not path.stat().st_size:
-            raise DataError(f"{path} is empty (0 bytes)")
-        file = parquet.ParquetFile(path)
-        names = tuple(file.schema_arrow.names)
-        class_names = _class_names(file.schema_arrow.metadata or {})
-
-        def column(name: str) -> list[object]:
-            try:
-                return _arrow_values(path, file.read(columns=[name]).column(name), class_names.get(name))
-            except (pa.ArrowException, OSError) as error:
-                raise DataFormatError(f"{path}, column {name!r}, cannot be read: {_first_line(error)}") from error
-
-        return Table(names, column, range(1, file.metadata.num_rows + 1), missing="null")
-    except (pa.ArrowException, OSError) as error:
-        raise DataFormatError(f"{path} cannot be read as Parquet: {_first_line(error)}") from error
-
-
-def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
-    # `datasets` writes label numbers into Parquet, and their names into the metadata of the file.
-    try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
-        return {
-            name: feature["names"]
-            for name, feature in features.items()
-            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-        }
-    except (KeyError, TypeError, ValueError):
-        return {}
-
-
-def _arrow_values(source: object, column: Any, class_names: Sequence[str] | None) -> list[object]:
-    try:
-        values = [_or_none(value) for value in column.to_pylist()]
-    except UnicodeDecodeError:
-        for number, value in enumerate(column, start=1):
-            try:
-                value.as_py()
-            except UnicodeDecodeError as error:
-                raise DataFormatError(f"{source}, row {number}, is not UTF-8: {error}") from error
-        raise
-    if class_names is None:
-        return values
-    # -1 is how `datasets` writes "no label" for such a column.
-    known: dict[object, str | None] = {-1: None, **dict(enumerate(class_names))}
-    return [known.get(value, value) for value in values]
-
-
-# Hugging Face datasets
-
-
-def _read_folder(path: Path, split: str | None) -> Table:
-    source = str(path) if split is None else f"{path}:{split}"
-    if (path / "dataset_dict.json").is_file():
-        path = path / _saved_split(path, split)
-    elif not (path / "state.json").is_file():
-        files = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in READERS)
-        hint = f" It has files of its own: {listed(files)}; name one of them." if files else ""
-        raise DataError(
-            f"{path} is a folder, and none that Hugging Face datasets saved (save_to_disk).{hint}"
-            f" A folder of CSV or JSONL files is read with hf:{path}"
-        )
-    elif split is not None:
-        raise DataError(f"{path} holds one dataset without splits, so there is no split {split!r}; name the folder")
-    import datasets
-
-    try:
-        saved = datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever a damaged folder makes the library raise
-        raise DataFormatError(f"{source} cannot be loaded as a saved dataset: {_first_line(error)}") from error
-    return dataset_table(source, saved, missing="null")
-
-
-def _saved_split(path: Path, split: str | None) -> str:
-    try:
-        splits = list(json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataFormatError(f"{path / 'dataset_dict.json'} does not list the splits: {_first_line(error)}") from error
-    if split is None and "train" in splits:
-        return "train"
-    if split is None and len(splits) == 1:
-        return str(splits[0])
-    if split not in splits:
-        found = "has several splits and none named 'train'" if split is None else f"has no split {split!r}"
-        raise DataError(
-            f"{path} {found}; name one of {listed(splits)}, as in {path}:{splits[0] if splits else 'SPLIT'}"
-        )
-    return str(split)
-
-
-def _read_hub(source: str) -> Table:
-    # A colon inside brackets belongs to a slice: hf:NAME:train[:100].
-    name, *rest = re.split(r":(?![^\[]*\])", source.removeprefix(HUB))
-    if not name or len(rest) > 2 or (rest and not rest[-1]):
-        raise DataError(f"{source!r} is not understood; expected hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
-    config = rest[0] if len(rest) == 2 else None
-    split = rest[-1] if rest else "train"
-    path = Path(name)
-    if path.is_file() or any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
-        raise DataError(f"{source} is on this machine; name it without {HUB!r}, as {source.removeprefix(HUB)}")
-    import datasets
-
-    if not path.exists():
-        without_hub_use_its_cache()
-    try:
-        loaded = datasets.load_dataset(name, config or None, split=split)
-    except Exception as error:  # the library raises what its many parts raise
-        raise DataError(_hub_failure(source, name, error)) from error
-    missing = "null, and in a CSV read through hf: also NA, None, nan or null; name a CSV file itself to keep these"
-    return dataset_table(source, loaded, missing)
-
-
-def _hub_failure(source: str, name: str, error: Exception) -> str:
-    said = _first_line(error) + (f": {_first_line(error.__cause__)}" if error.__cause__ else "")
-    if any(words in said for words in ("Unknown split", "BuilderConfig", "Config name")):
-        advice = "expected hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT with a split (and configuration) that it has"
-    elif "any data files" in said:
-        advice = f"there are no data files in {name}"
-    elif Path(name).is_dir():
-        advice = f"name one of the files in {name} instead, to learn which row of it is at fault"
-    elif name.startswith((".", "/", "~")):
-        advice = "there is no such folder"
-    elif "OfflineMode" in said and os.environ.get("HF_HUB_OFFLINE"):
-        advice = f"there is no folder {name}, and offline mode forbids to ask the hub; unset HF_HUB_OFFLINE"
-    elif "reach" in said:
-        advice = f"there is no folder {name}, and the hub cannot be reached; check the network, or name a file"
-    elif "gated" in said:
-        advice = "accept its terms on the hub, then run: hf auth login"
-    else:
-        advice = f"check that https://huggingface.co/datasets/{name} exists, or name a file"
-    return f"{source} cannot be loaded: {advice} (datasets says: {said})"
-
-
-def dataset_table(source: str, dataset: Any, missing: str) -> Table:
-    """The table of a `datasets.Dataset`: class names for class numbers, rows counted from 1."""
-    from datasets import ClassLabel
-
-    def column(name: str) -> list[object]:
-        feature = dataset.features[name]
-        class_names = feature.names if isinstance(feature, ClassLabel) else None
-        values = dataset.select_columns([name]).with_format("arrow")[:].column(name)
-        return _arrow_values(source, values, class_names)
-
-    return Table(tuple(dataset.column_names), column, range(1, len(dataset) + 1), missing)
 
 
 READERS: dict[str, Callable[[Path], Table]] = {
@@ -490,53 +309,5 @@ READERS: dict[str, Callable[[Path], Table]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,
-    ".parquet": _read_parquet,
+    ".parquet": read_parquet,
 }
-
-
-# Words for messages
-
-
-def kind(value: object) -> str:
-    """A value in the words of JSON, with its beginning: "a number (42)".
-
-    >>> kind(True), kind([1, 2])
-    ('a boolean (True)', 'a list ([1, 2])')
-    """
-    words = {
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        str: "a string",
-        list: "a list",
-        dict: "an object",
-    }
-    return "null" if value is None else f"{words.get(type(value), f'a {type(value).__name__}')} ({_short(value)})"
-
-
-def listed(values: Sequence[object] | dict[str, object]) -> str:
-    """The first 20 values for a message, each shortened to 40 characters.
-
-    >>> listed(["text", "label"])
-    "'text', 'label'"
-    """
-    items = list(values)
-    return ", ".join(_short(item) for item in items[:20]) + (f" and {len(items) - 20} more" if len(items) > 20 else "")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _cells(number: int) -> str:
-    return "1 cell" if number == 1 else f"{number} cells"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
-
-
-def _or_none(value: object) -> object:
-    return None if isinstance(value, float) and math.isnan(value) else value

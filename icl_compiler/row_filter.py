@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from icl_compiler.errors import ColumnError, DataError
-from icl_compiler.readers import Table, listed
+from icl_compiler.table import Table, listed
 
 
 class Condition(NamedTuple):

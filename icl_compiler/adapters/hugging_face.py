@@ -10,11 +10,12 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from icl_compiler.arrow_readers import dataset_table
 from icl_compiler.data import Dataset, labelled
 from icl_compiler.errors import InputError
 from icl_compiler.predictor import Predictions
 from icl_compiler.program import Program
-from icl_compiler.readers import dataset_table, listed
+from icl_compiler.table import listed
 
 if TYPE_CHECKING:
     import datasets

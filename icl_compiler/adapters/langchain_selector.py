@@ -11,7 +11,7 @@ from typing import Any
 from icl_compiler.corrections import Corrector
 from icl_compiler.errors import InputError, MissingDependencyError
 from icl_compiler.program import Program
-from icl_compiler.readers import kind, listed
+from icl_compiler.table import kind, listed
 
 try:
     from langchain_core.example_selectors import BaseExampleSelector

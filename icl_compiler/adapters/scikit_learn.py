@@ -42,8 +42,8 @@ from icl_compiler.errors import InputError, TemplateError
 from icl_compiler.optimise.levels import DEFAULT_RETRIEVERS, Optimised, optimise
 from icl_compiler.predictor import Predictions, PromptedPredictor, open_backend
 from icl_compiler.program import Program
-from icl_compiler.readers import kind, listed
 from icl_compiler.registry import CALIBRATIONS, did_you_mean
+from icl_compiler.table import kind, listed
 from icl_compiler.templates import Template
 
 _ONE_AT_A_TIME = RLock()
