@@ -1,7 +1,7 @@
 """What every reference learns: the negative log-likelihood of the answer after the prompt without shots.
 
 - A batch is a tree of tokens (`icl_compiler/prefix_tree.py`): the instruction that all examples share is computed
-  once a step, and there is no padding. The gradient is the same.
+  once a step, and there is no padding but in the attention (`tree_attention.py`). The gradient is the same.
 - What stands below the *frontier*, the lowest layer that is trained, is computed once per example and kept, so that
   from the second epoch on it costs nothing; on the disk (`frozen_part.py`) if it takes gigabytes.
 - Products are computed in bfloat16 (autocast) where the processor has it; the residual stream stays in float32.
@@ -9,7 +9,7 @@
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 
 from evaluation.reference.frozen_part import FrozenOutputs
+from evaluation.reference.tree_attention import TREE_ATTENTION, Branches
 from icl_compiler.prefix_tree import PrefixTree
 
 LOGIT_ROWS = 64
@@ -106,14 +107,13 @@ class AnswerLoss:
         mask = torch.from_numpy(tree.ancestors)[None, None].to(self._device)
         if self._watch is not None:
             self._watch(torch.from_numpy(tree.tokens)[None].to(self._device), positions, mask)
+        config = self._model.base_model.config
+        branches = Branches.of(tree) if config._attn_implementation == TREE_ATTENTION else None
+        told = {"position_ids": positions, "attention_mask": mask, "use_cache": False}
+        told |= {} if branches is None else {"tree": branches}
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16):
-            if self.frontier:
-                inputs = self._lower_output(tree, rows, held_out, positions, mask)
-            else:
-                inputs = self._embedded(tree)
-            hidden = self._upper(
-                inputs_embeds=inputs, position_ids=positions, attention_mask=mask, use_cache=False
-            ).last_hidden_state[0]
+            inputs = self._lower_output(tree, rows, held_out, told) if self.frontier else self._embedded(tree)
+            hidden = self._upper(inputs_embeds=inputs, **told).last_hidden_state[0]
             states = hidden[torch.from_numpy(np.concatenate(predicting)).to(self._device)]
             logits = self._model.get_output_embeddings()(states)
         targets = torch.tensor([token for e in examples for token in e.answer], device=self._device)
@@ -126,20 +126,13 @@ class AnswerLoss:
 
     @torch.no_grad()
     def _lower_output(
-        self,
-        tree: PrefixTree,
-        rows: Sequence[int],
-        held_out: bool,
-        positions: torch.Tensor,
-        mask: torch.Tensor,
+        self, tree: PrefixTree, rows: Sequence[int], held_out: bool, told: Mapping[str, Any]
     ) -> torch.Tensor:
         """What the frozen layers give at each node; computed the first time an example is seen, then kept."""
         kept = self._kept[held_out]
         paths = [torch.from_numpy(path).to(self._device) for path in tree.paths]
         if any(row not in kept for row in rows):
-            output = self._lower(
-                inputs_embeds=self._embedded(tree), position_ids=positions, attention_mask=mask, use_cache=False
-            ).last_hidden_state[0]
+            output = self._lower(inputs_embeds=self._embedded(tree), **told).last_hidden_state[0]
             for row, path in zip(rows, paths, strict=True):
                 kept[row] = output[path]
         joined = torch.zeros(len(tree.tokens), kept[rows[0]].shape[-1], device=self._device)
