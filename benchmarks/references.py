@@ -14,8 +14,8 @@
 - workers: RSR by one and by two processes, on 1,111 rows of banking77; alone on the machine, with all its threads.
 
 Rows are appended to `benchmarks/rows/references.jsonl`; what stands there is not measured again, so that the command
-can be stopped at any time. `--datasets`, `--methods` and `--seeds` take a part; `--part 0/2` and `--part 1/2`, with
-OMP_NUM_THREADS=1, share the work. At the end the tables of `docs/references.md` are printed.
+can be stopped at any time. `--datasets`, `--methods`, `--variants` and `--seeds` take a part; `--part 0/2` and
+`--part 1/2`, with OMP_NUM_THREADS=1, share the work. At the end the tables of `docs/references.md` are printed.
 """
 
 import argparse
@@ -65,6 +65,7 @@ ABLATIONS: dict[str, dict[str, str]] = {
     "fixed units": {"replaced": "0"},
     "no trails": {"trails": "false"},
     "random units": {"importance": "random"},
+    "random units, fixed, no trails": {"importance": "random", "replaced": "0", "trails": "false"},
     "all above the frontier": {"budget": "0.26", "unit": "576"},
     "four modules": {"modules": "4"},
     "one-sided sampling": {"sampling": "0.3"},
@@ -309,12 +310,15 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=RATES, default=list(RATES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="not of the search, which has its own")
     parser.add_argument("--rate", type=float, help="learning rate, in place of the one that the search found")
+    parser.add_argument("--variants", nargs="+", choices=[*ABLATIONS, *WORKERS], help="of ablation and workers")
     parser.add_argument("--part", default="0/1")
     asked = parser.parse_args()
     data = data_folder(DATASETS)
     part, parts = map(int, asked.part.split("/"))
     for stage in asked.stages:  # the learning rates of the later ones are known when the first is done
         for number, cell in enumerate(cells([stage], asked.datasets)):
+            if asked.variants and stage in ("ablation", "workers") and cell.variant not in asked.variants:
+                continue
             if cell.method not in asked.methods or (stage != "search" and cell.seed not in asked.seeds):
                 continue
             if stage != "search" and asked.rate is not None and cell.variant not in OWN_RATES:
