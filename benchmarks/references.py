@@ -76,6 +76,7 @@ ABLATIONS: dict[str, dict[str, str]] = {
     "half of the budget": {"budget": "0.01"},
     "Fisher importance": {"importance": "fisher"},
     "top units": {"allocation": "top"},
+    "the best of each matrix": {"allocation": "matrix"},
     "whole rows": {"unit": "576"},
     "single entries": {"unit": "1"},
     "the upper two thirds": {"frontier": "10"},
