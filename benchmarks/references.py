@@ -5,12 +5,12 @@
 - search: each method at each of its learning rates, on 600 rows of banking77 (77 labels) and of subj (2), for two
   epochs (seed 100). The one with the lowest held-out loss is used for the datasets with many labels, or with two.
 - main: each method on 2,222 label-balanced rows (a tenth of them, at most 200, held out) of each dataset, three seeds.
-  SHiRA has as many parameters as RSR moves at a time. Accuracy and negative log-likelihood are over 400 test rows
+  SHiRA has as many parameters as RSR. Accuracy and negative log-likelihood are over 400 test rows
   drawn at random; processor seconds are those of the whole training process, its start included; the peak is its
   resident memory. `floor` is the TV between two seeds of a method.
-- ablation: RSR with one of its parts switched off, or exchanged, on 600 label-balanced rows and 200 held out of
-  banking77 and of subj, three seeds; the loss of the right answer over the same 400 test rows, paired by row. The eight
-  parts (`docs/references.md`) come first, other choices after them.
+- ablation: RSR with all of its parts, and with one of them switched off, or exchanged, on 600 label-balanced rows and
+  200 held out of banking77 and of subj, three seeds; the loss of the right answer over the same 400 test rows, paired
+  by row. The eight parts (`docs/references.md`) come first, other choices after them.
 - workers: RSR by one and by two processes, on 1,111 rows of banking77; alone on the machine, with all its threads.
 
 Rows are appended to `benchmarks/rows/references.jsonl`; what stands there is not measured again, so that the command
@@ -58,29 +58,31 @@ RATES = {
     "loreft": (1e-3, 3e-3, 1e-2),
     "head": (1.0,),  # it has none
 }
+EVERY_PART = {"importance": "agreement", "replaced": "0.3", "trails": "true"}
 ABLATIONS: dict[str, dict[str, str]] = {
-    "as it is": {},
-    "no line search, no adaptive rate": {"line_search": "false"},
-    "fixed rate": {"adaptive_rate": "false"},
-    "fixed units": {"replaced": "0"},
-    "no trails": {"trails": "false"},
-    "random units": {"importance": "random"},
+    "every part": EVERY_PART,
+    "no line search, no adaptive rate": EVERY_PART | {"line_search": "false"},
+    "fixed rate": EVERY_PART | {"adaptive_rate": "false"},
+    "fixed units": EVERY_PART | {"replaced": "0"},
+    "no trails": EVERY_PART | {"trails": "false"},
+    "random units": EVERY_PART | {"importance": "random"},
     "random units, fixed, no trails": {"importance": "random", "replaced": "0", "trails": "false"},
-    "all above the frontier": {"budget": "0.26", "unit": "576"},
-    "four modules": {"modules": "4"},
-    "one-sided sampling": {"sampling": "0.3"},
-    "one round": {"rounds": "1"},
-    "no pre-training": {},
-    "all layers": {"frontier": "0"},
-    "units keep what they learned": {"revert": "false"},
-    "half of the budget": {"budget": "0.01"},
-    "Fisher importance": {"importance": "fisher"},
-    "top units": {"allocation": "top"},
-    "the best of each matrix": {"allocation": "matrix"},
-    "whole rows": {"unit": "576"},
-    "single entries": {"unit": "1"},
-    "the upper two thirds": {"frontier": "10"},
-    "six rounds": {"rounds": "6"},
+    "important units, fixed, no trails": {"importance": "agreement", "replaced": "0", "trails": "false"},
+    "all above the frontier": EVERY_PART | {"budget": "0.26", "unit": "576"},
+    "four modules": EVERY_PART | {"modules": "4"},
+    "one-sided sampling": EVERY_PART | {"sampling": "0.3"},
+    "one round": EVERY_PART | {"rounds": "1"},
+    "no pre-training": EVERY_PART,
+    "all layers": EVERY_PART | {"frontier": "0"},
+    "units keep what they learned": EVERY_PART | {"revert": "false"},
+    "half of the budget": EVERY_PART | {"budget": "0.01"},
+    "Fisher importance": EVERY_PART | {"importance": "fisher"},
+    "top units": EVERY_PART | {"allocation": "top"},
+    "the best of each matrix": EVERY_PART | {"allocation": "matrix"},
+    "whole rows": EVERY_PART | {"unit": "576"},
+    "single entries": EVERY_PART | {"unit": "1"},
+    "the upper two thirds": EVERY_PART | {"frontier": "10"},
+    "six rounds": EVERY_PART | {"rounds": "6"},
 }
 OWN_RATES = {"all above the frontier": 3e-4}  # full fine-tuning's: at RSR's the loss rises
 WORKERS = {
@@ -111,8 +113,8 @@ class Cell(NamedTuple):
         return [self.stage, self.dataset, self.method, self.variant, self.rate, self.seed, self.rows, self.epochs]
 
 
-def cells(stages: list[str], datasets: list[str]) -> Iterator[Cell]:
-    """What is to be measured; the learning rates of later stages are those found so far."""
+def cells(stages: list[str], datasets: list[str], given: float | None = None) -> Iterator[Cell]:
+    """What is to be measured; the learning rates of later stages are `given`, or those found so far."""
     if "search" in stages:
         for name in sorted({SEARCHED[name] for name in datasets}):
             for method, rates in RATES.items():
@@ -122,19 +124,19 @@ def cells(stages: list[str], datasets: list[str]) -> Iterator[Cell]:
         for seed in range(3):
             for name in datasets:
                 for method in RATES:
-                    if (rate := found_rate(method, name)) is not None:
+                    if (rate := given or found_rate(method, name)) is not None:
                         yield Cell("main", name, method, "", (), rate, seed, MAIN_ROWS, EPOCHS[name])
     if "ablation" in stages:
         for seed in range(3):
             for name in sorted({"banking77", "subj"} & set(datasets)):
                 for variant, settings in ABLATIONS.items():
-                    if (rate := found_rate("rsr", name)) is not None:
+                    if (rate := given or found_rate("rsr", name)) is not None:
                         told, rate = tuple(settings.items()), OWN_RATES.get(variant, rate)
                         yield Cell("ablation", name, "rsr", variant, told, rate, seed, ABLATION_ROWS, EPOCHS[name])
 
     if "workers" in stages:
         for variant, settings in WORKERS.items():
-            if (rate := found_rate("rsr", "banking77")) is not None:
+            if (rate := given or found_rate("rsr", "banking77")) is not None:
                 told = tuple(settings.items())
                 yield Cell("workers", "banking77", "rsr", variant, told, rate, 0, WORKERS_ROWS, EPOCHS["banking77"])
 
@@ -257,10 +259,10 @@ def effects() -> Iterator[Row]:
     rows = {(r["dataset"], r["variant"], r["seed"]): r for r in rows_of(ROWS) if r["stage"] == "ablation"}
     for name in ("banking77", "subj"):
         for variant in ABLATIONS:
-            both = [s for s in range(3) if {(name, variant, s), (name, "as it is", s)} <= set(rows)]
-            if variant == "as it is" or not both:
+            both = [s for s in range(3) if {(name, variant, s), (name, "every part", s)} <= set(rows)]
+            if variant == "every part" or not both:
                 continue
-            pairs = [(rows[name, variant, s]["test_losses"], rows[name, "as it is", s]["test_losses"]) for s in both]
+            pairs = [(rows[name, variant, s]["test_losses"], rows[name, "every part", s]["test_losses"]) for s in both]
             more = np.array([np.subtract(*pair) for pair in pairs])
             low, high = stats.ttest_1samp(more.mean(axis=0), 0).confidence_interval(0.95)
             yield {
@@ -317,13 +319,11 @@ def main() -> None:
     data = data_folder(DATASETS)
     part, parts = map(int, asked.part.split("/"))
     for stage in asked.stages:  # the learning rates of the later ones are known when the first is done
-        for number, cell in enumerate(cells([stage], asked.datasets)):
+        for number, cell in enumerate(cells([stage], asked.datasets, asked.rate)):
             if asked.variants and stage in ("ablation", "workers") and cell.variant not in asked.variants:
                 continue
             if cell.method not in asked.methods or (stage != "search" and cell.seed not in asked.seeds):
                 continue
-            if stage != "search" and asked.rate is not None and cell.variant not in OWN_RATES:
-                cell = cell._replace(rate=asked.rate)
             if number % parts != part or json.loads(json.dumps(cell.key)) in [row["key"] for row in rows_of(ROWS)]:
                 continue
             row = {"key": cell.key, **measure(cell, data)}

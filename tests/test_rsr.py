@@ -181,7 +181,8 @@ def task(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
 
 
 LOOP = LoopSettings(epochs=10, batch_size=16, learning_rate=2e-2, patience=10)
-SMALL = RSR(budget=0.1, frontier=0, rounds=5)
+EVERY_PART = RSR(importance="agreement", replaced=0.3, trails=True)
+SMALL = replace(EVERY_PART, budget=0.1, frontier=0, rounds=5)
 
 
 def saved(fitted: Fitted, folder: Path) -> dict[str, torch.Tensor]:
@@ -199,6 +200,7 @@ def saved(fitted: Fitted, folder: Path) -> dict[str, torch.Tensor]:
         replace(SMALL, unit=8, revert=True),
         replace(SMALL, sampling=0.3, importance="fisher", allocation="matrix"),
         replace(SMALL, replaced=0.0, line_search=False, trails=False),
+        RSR(budget=0.1, frontier=0),
     ],
 )
 def test_learns_with_few_numbers_and_the_kept_difference_is_what_was_trained(

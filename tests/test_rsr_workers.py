@@ -25,7 +25,9 @@ from icl_compiler.errors import TrainingError
 
 LABELS = ("0", "1", "2", "3")
 LOOP = LoopSettings(epochs=4, batch_size=8, learning_rate=1e-2, patience=9)
-METHOD = RSR(budget=0.16, frontier=1, unit=8, rounds=4, line_search=False)
+METHOD = RSR(
+    budget=0.16, frontier=1, unit=8, rounds=4, line_search=False, importance="agreement", replaced=0.3, trails=True
+)
 
 
 @pytest.fixture(autouse=True)

@@ -1,1 +1,1 @@
-"""Rapid Synaptic Refinement: a small, changing set of connections is trained, the rest costs nothing."""
+"""Rapid Synaptic Refinement: a small set of connections is trained, in rounds; the rest costs nothing."""

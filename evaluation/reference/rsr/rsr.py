@@ -27,7 +27,9 @@ _LONGEST_PIECE = 64
 
 @dataclass(frozen=True)
 class RSR(Method):
-    """Rapid Synaptic Refinement: a small, changing set of connections is trained, in rounds.
+    """Rapid Synaptic Refinement: a small set of connections is trained, in rounds.
+
+    What earned nothing in its ablation (`docs/references.md`) is there, and off.
 
     Attributes:
         budget: share of the model's parameters that may ever move, in (0, 1); at a time fewer do, for units are
@@ -57,13 +59,13 @@ class RSR(Method):
     frontier: int | None = None
     unit: int | None = None
     rounds: int | None = None
-    importance: Importance = "agreement"
+    importance: Importance = "random"
     allocation: Allocation = "gumbel"
-    replaced: float = 0.3
+    replaced: float = 0.0
     revert: bool = True
     line_search: bool = True
     sampling: float = 0.0
-    trails: bool = True
+    trails: bool = False
     adaptive_rate: bool = True
     modules: int = 1
     workers: int = 1
