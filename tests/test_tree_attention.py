@@ -43,8 +43,9 @@ def loss_and_gradients(folder: Path, rows: list[TrainingExample], attention: str
     ("trunk", "alike", "lengths"), [*product((0, 1, 7), (0, 4), ((2, 9),)), (20, 0, (1, 2)), (5, 9, (2, 4))]
 )
 def test_losses_and_gradients_are_those_of_a_mask(
-    folder: Path, trunk: int, alike: int, lengths: tuple[int, int]
+    folder: Path, trunk: int, alike: int, lengths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("evaluation.reference.tree_attention._LEAST_SAVED", 0)  # so small a tree would not be worth it
     rows = examples(trunk, alike=alike, lengths=lengths)
     tree = PrefixTree.build([[*row.prompt, *row.answer[:-1]] for row in rows]).padded()
     branches = Branches.of(tree)
@@ -63,7 +64,8 @@ def test_one_long_text_among_short_ones_is_left_to_the_mask(folder: Path) -> Non
     assert torch.equal(by_branch[1], by_mask[1])
 
 
-def test_a_single_text_is_all_trunk(folder: Path) -> None:
+def test_a_single_text_is_all_trunk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evaluation.reference.tree_attention._LEAST_SAVED", 0)
     rows = examples(3, alike=0, lengths=(9, 10))[:1]
     by_mask, by_branch = (loss_and_gradients(folder, rows, name) for name in ("sdpa", TREE_ATTENTION))
     torch.testing.assert_close(by_branch, by_mask, atol=1e-5, rtol=1e-4)

@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from icl_compiler.prefix_tree import PrefixTree, common_prefix
 
 TREE_ATTENTION = "icl_tree"
+_ROUND = 16
 _LEAST_SAVED = 2
 """By how much fewer comparisons there must be; the rest is gathering."""
 
@@ -52,15 +53,15 @@ class Branches(NamedTuple):
 
         >>> branches = Branches.of(PrefixTree.build([[9, row, *range(20)] for row in range(8)]))
         >>> branches.trunk, branches.queries.shape, branches.keys.shape
-        (1, torch.Size([8, 21]), torch.Size([8, 22]))
+        (1, torch.Size([8, 32]), torch.Size([8, 32]))
         >>> Branches.of(PrefixTree.build([[1], [2], range(3, 90)])) is None
         True
         """
         paths = sorted(tree.paths, key=lambda path: path.tolist())
         trunk = common_prefix(paths[0], paths[-1])
         before = [trunk, *(common_prefix(one, other) for one, other in pairwise(paths))]
-        longest = max(len(path) - first for path, first in zip(paths, before, strict=True))
-        seen = max(map(len, paths))
+        longest = _rounded(max(len(path) - first for path, first in zip(paths, before, strict=True)))
+        seen = _rounded(max(map(len, paths)))
         if len(paths) * longest * seen * _LEAST_SAVED > len(tree.tokens) ** 2:
             return None
         queries, keys = np.zeros((len(paths), longest), dtype=np.int64), np.zeros((len(paths), seen), dtype=np.int64)
@@ -73,6 +74,11 @@ class Branches(NamedTuple):
             sees[row, 0, :own, : len(path)] = np.tri(own, len(path), first, dtype=bool)
         places = np.flatnonzero(real)
         return cls(trunk, *map(torch.from_numpy, (queries, keys, sees, places, queries.ravel()[places])))
+
+
+def _rounded(size: int) -> int:
+    """Up to a multiple: kernels are made, and kept, for every new shape of a product."""
+    return -(-size // _ROUND) * _ROUND
 
 
 def tree_attention(
@@ -104,17 +110,25 @@ def tree_attention(
             trunk, _repeated(keys, groups), _repeated(values, groups), is_causal=True, scale=scaling
         )[0].transpose(0, 1)
     ]
+    found = _along(query, key, value, tree, scaling)
+    parts.append(query.new_zeros(query.shape[2] - tree.trunk, query.shape[1], query.shape[3]))
+    return torch.cat(parts).index_copy(0, tree.nodes, found)[None], None
+
+
+def _along(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tree: Branches, scaling: float | None
+) -> torch.Tensor:
+    """The output at `tree.nodes`, `(nodes, heads, width of a head)`."""
     asking, seen, given = (
         part[0].transpose(0, 1)[nodes].transpose(1, 2).float()
         for part, nodes in ((query, tree.queries), (key, tree.keys), (value, tree.keys))
     )
+    groups = query.shape[1] // key.shape[1]
     # In short rows the kernel of `scaled_dot_product_attention` takes four times as long, most of it going backward.
     scores = (asking * (scaling or query.shape[-1] ** -0.5)) @ _repeated(seen, groups).transpose(2, 3)
     laws = scores.masked_fill(~tree.sees, -torch.inf).softmax(dim=-1)
     found = (laws @ _repeated(given, groups)).to(query.dtype)
-    parts.append(query.new_zeros(query.shape[2] - tree.trunk, query.shape[1], query.shape[3]))
-    flat = found.transpose(1, 2).flatten(0, 1)[tree.places]
-    return torch.cat(parts).index_copy(0, tree.nodes, flat)[None], None
+    return found.transpose(1, 2).flatten(0, 1)[tree.places]
 
 
 def _repeated(part: torch.Tensor, groups: int) -> torch.Tensor:
