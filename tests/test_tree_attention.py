@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from evaluation.reference.method import Task
 from evaluation.reference.objective import AnswerLoss, TrainingExample
-from evaluation.reference.tree_attention import TREE_ATTENTION, Branches
+from evaluation.reference.tree_attention import TREE_ATTENTION, Branches, attend_by_branches
 from icl_compiler.prefix_tree import PrefixTree
 
 
@@ -33,7 +33,8 @@ def examples(trunk: int, *, alike: int, lengths: tuple[int, int]) -> list[Traini
 
 def loss_and_gradients(folder: Path, rows: list[TrainingExample], attention: str) -> tuple[torch.Tensor, torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.set_attn_implementation(attention)
+    if attention == TREE_ATTENTION:
+        attend_by_branches(model)
     losses = AnswerLoss(model, rows, rows, bfloat16=False).losses(range(len(rows)), held_out=False)
     losses.mean().backward()
     return losses.detach(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])

@@ -27,7 +27,7 @@ import torch
 from evaluation.reference.checkpoint import Checkpoint
 from evaluation.reference.loop import Check, LoopSettings, Report, train
 from evaluation.reference.objective import AnswerLoss, TrainingExample, Watch
-from evaluation.reference.tree_attention import TREE_ATTENTION
+from evaluation.reference.tree_attention import attend_by_branches
 from icl_compiler.backends.hf_transformers import TransformersBackend
 from icl_compiler.compile import zero_shot_program
 from icl_compiler.errors import TrainingError
@@ -81,7 +81,7 @@ class Task:
         """The base model on the device, ready to train; nothing of it is frozen."""
         network: Any = load_causal_lm(self.model, dtype)
         if not self.gpu:
-            network.set_attn_implementation(TREE_ATTENTION)
+            attend_by_branches(network)
         return network.to(self.device).train()
 
     def objective(self, model: Any, *, frontier: int = 0, watch: Watch | None = None) -> AnswerLoss:

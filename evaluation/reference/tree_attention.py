@@ -5,7 +5,7 @@ With a mask, attention compares every token with every other one, though a branc
 the trunk is computed once, and each branch beside the others, as rows of a padded array. What is computed is the same.
 On a processor that saves a tenth to a quarter of a step, on the way back (`benchmarks/training_step.py`).
 
-It is an attention of `transformers` by the name of `TREE_ATTENTION`, which models take by `set_attn_implementation`.
+It is an attention of `transformers` by the name of `TREE_ATTENTION`, which models take by `attend_by_branches`.
 Where a model is not told of a tree, it is its `sdpa`.
 """
 
@@ -16,9 +16,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from icl_compiler.prefix_tree import PrefixTree, common_prefix
 
@@ -102,6 +99,8 @@ def tree_attention(
         The output, `(1, nodes, heads, width of a head)`; 0 at nodes of padding. There are no weights.
     """
     if tree is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)  # type: ignore[no-any-return]
     groups = query.shape[1] // key.shape[1]
     trunk, keys, values = (part[:, :, : tree.trunk] for part in (query, key, value))
@@ -135,5 +134,11 @@ def _repeated(part: torch.Tensor, groups: int) -> torch.Tensor:
     return part if groups == 1 else part.repeat_interleave(groups, dim=1)
 
 
-AttentionInterface.register(TREE_ATTENTION, tree_attention)
-AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)
+def attend_by_branches(model: Any) -> None:
+    """Let `model`, of `transformers`, attend branch by branch where it is told of a tree."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(TREE_ATTENTION, tree_attention)
+    AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)
+    model.set_attn_implementation(TREE_ATTENTION)
