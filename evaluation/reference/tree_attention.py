@@ -3,7 +3,7 @@
 A training batch is one tree (`icl_compiler/prefix_tree.py`): a trunk that all examples share, and a branch for each.
 With a mask, attention compares every token with every other one, though a branch sees the trunk and itself only. Here
 the trunk is computed once, and each branch beside the others, as rows of a padded array. What is computed is the same.
-On a processor that saves a tenth to a quarter of a step, on the way back (`benchmarks/training_step.py`).
+On a processor that saves 3 to 18 % of a step, more where texts are longer (`benchmarks/training_step.py`).
 
 It is an attention of `transformers` by the name of `TREE_ATTENTION`, which models take by `attend_by_branches`.
 Where a model is not told of a tree, it is its `sdpa`.

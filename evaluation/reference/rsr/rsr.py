@@ -32,8 +32,8 @@ class RSR(Method):
     What earned nothing in its ablation (`docs/references.md`) is there, and off.
 
     Attributes:
-        budget: share of the model's parameters that may ever move, in (0, 1); at a time fewer do, for units are
-            replaced.
+        budget: share of the model's parameters that may ever move, in (0, 1); at a time fewer do, where units
+            are replaced.
         frontier: lowest layer in which anything moves; what is below is computed once per example. By default two
             thirds of the layers are below.
         unit: numbers that move together, a divisor of the model's width; by default the largest up to 64, a piece of a

@@ -152,7 +152,8 @@ class Refinement:
                 break
             if number + 1 < self._rounds:
                 self._adapt(state, credit, steps)
-                if before is not None and self._plan.revert:  # units that left took what they had learned with them
+                # Units that left took what they had learned with them.
+                if before is not None and self._plan.revert and self._plan.replaced:
                     before = self._held_out_logits()
                 if checkpoint.due and self._workers.rank == 0:
                     checkpoint.save(self._kept(state))
