@@ -17,11 +17,10 @@ from icl_compiler.command_line import (
     FiniteNumber,
     WholeNumber,
     json_option,
-    label_column_option,
     print_json,
     say,
-    text_column_option,
 )
+from icl_compiler.data_options import label_column_option, text_column_option
 
 Kind = Literal["provable", "lower", "order"]
 

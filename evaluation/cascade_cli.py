@@ -10,15 +10,15 @@ from icl_compiler.command_line import (
     FiniteNumber,
     OutputFolder,
     WholeNumber,
+    counted,
     json_option,
-    label_column_option,
     model_option,
     print_json,
     say,
     seed_option,
     template_option,
-    text_column_option,
 )
+from icl_compiler.data_options import Columns, column_options
 
 if TYPE_CHECKING:
     from evaluation.reference.cascade import Generation, Lesson
@@ -70,8 +70,7 @@ _METHODS = ("rsr", "full", "lora", "shira")
     show_default="the method's own",
     help="Of AdamW, at its highest.",
 )
-@text_column_option
-@label_column_option
+@column_options
 @seed_option
 @json_option
 def cascade(
@@ -92,17 +91,15 @@ def cascade(
     epochs: int,
     healing_epochs: int,
     learning_rate: float | None,
-    text_column: str | None,
-    label_column: str | None,
+    columns: Columns,
     seed: int,
     as_json: bool,
 ) -> None:
     """Specialise the model on DATA, prune it, heal it; and again.
 
-    In each generation the layers, heads and neurons that the task needs least are
-    dropped. What is left is an ordinary
-    checkpoint in FOLDER/generation-N/model, and what the next generation starts from. Killed, the same command goes
-    on where it was.
+    In each generation the layers, heads and neurons that the task needs least are dropped. What is left is an
+    ordinary checkpoint in FOLDER/generation-N/model, and what the next generation starts from. Killed, the same
+    command goes on where it was.
 
     \b
       icl cascade train.csv -o cascade --test test.csv
@@ -111,7 +108,6 @@ def cascade(
     from evaluation.reference.cascade import Recipe, run_cascade
     from evaluation.reference.loop import LoopSettings
     from evaluation.reference.method import make_method
-    from icl_compiler.data import load_dataset
 
     sources = (data, *more)
     if tests and len(tests) != len(sources):
@@ -128,11 +124,10 @@ def cascade(
         loop=LoopSettings(epochs=epochs, learning_rate=rate, seed=seed),
         healing_loop=LoopSettings(epochs=healing_epochs, learning_rate=rate, seed=seed),
     )
-
-    def load(source: str) -> "Dataset":
-        return load_dataset(source, text_column=text_column, label_column=label_column)
-
-    lessons = [_lesson(load(source), load(tests[i]) if tests else None, examples) for i, source in enumerate(sources)]
+    lessons = [
+        _lesson(columns.load(source), columns.load(tests[i]) if tests else None, examples)
+        for i, source in enumerate(sources)
+    ]
     result = run_cascade(
         lessons,
         output,
@@ -163,7 +158,7 @@ def _lesson(data: "Dataset", test: "Dataset | None", examples: int | None) -> "L
     if test is not None:
         data, dropped = data.without_texts(test.texts)
         if dropped:
-            say(f"Warning: {dropped} rows of {data.source} left out: in {test.source} too")
+            say(f"Warning: {counted(dropped, 'row')} of {data.source} left out: in {test.source} too")
     return Lesson(data if examples is None else data.subset(examples, seed=0), test)
 
 

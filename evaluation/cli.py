@@ -18,14 +18,12 @@ from icl_compiler.command_line import (
     WholeNumber,
     engine_options,
     json_option,
-    label_column_option,
     print_json,
     progress_bar,
     say,
     seed_option,
-    target_column_option,
-    text_column_option,
 )
+from icl_compiler.data_options import Columns, column_options
 
 if TYPE_CHECKING:
     from evaluation.evaluate import Answers, Evaluation, ProgressFor
@@ -84,9 +82,7 @@ REPORT_TITLE = "Prompt or fine-tune?"
     help="Of a program that generates texts: answers that each model draws to a query.",
 )
 @engine_options
-@text_column_option
-@label_column_option
-@target_column_option
+@column_options
 @seed_option
 @json_option
 def evaluate(
@@ -107,9 +103,7 @@ def evaluate(
     server: str | None,
     in_flight: int | None,
     dtype: str,
-    text_column: str | None,
-    label_column: str | None,
-    target_column: str | None,
+    columns: Columns,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -136,14 +130,13 @@ def evaluate(
     from evaluation.sequential_cli import measure_until_decided
     from evaluation.texts import Lengths
     from icl_compiler.artifact import load_program
-    from icl_compiler.data import load_dataset
     from icl_compiler.predictor import open_backend
 
     if output is not None and output.exists() and not output.is_file():
         raise click.UsageError(f"{output} is a device or a pipe; expected the name of a file for the report")
     loaded = load_program(program)
     described = [load_reference(folder) for folder in references]
-    dataset = load_dataset(data, text_column=text_column, label_column=label_column, target_column=target_column)
+    dataset = columns.load(data)
     warnings = list(dataset.warnings)
     writes = loaded.task == "generation"
     dataset = (draw if epsilon is None else in_random_order)(dataset, queries, seed=seed)

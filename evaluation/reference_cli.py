@@ -13,15 +13,14 @@ from icl_compiler.command_line import (
     TableName,
     WholeNumber,
     json_option,
-    label_column_option,
     model_option,
     new_bar,
     print_json,
     say,
     seed_option,
     template_option,
-    text_column_option,
 )
+from icl_compiler.data_options import Columns, column_options, test_option
 from icl_compiler.registry import METHODS
 
 if TYPE_CHECKING:
@@ -62,8 +61,8 @@ if TYPE_CHECKING:
     type=FiniteNumber(0, 1, min_open=True, max_open=True),
     help="Share of the rows to stop early on, at most 200 rows.",
 )
-@text_column_option
-@label_column_option
+@test_option
+@column_options
 @seed_option
 @json_option
 def finetune(
@@ -79,8 +78,8 @@ def finetune(
     batch_size: int,
     first_layer: int | None,
     held_out: float,
-    text_column: str | None,
-    label_column: str | None,
+    test: str | None,
+    columns: Columns,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -88,7 +87,8 @@ def finetune(
 
     DATA is any labelled data that `icl compile` reads. Training stops early on held-out rows; a thousand short texts
     take minutes on a processor. Killed, it goes on where it was with the same command. A second reference with
-    another --seed measures the floor: how far two fine-tunings are from each other.
+    another --seed measures the floor: how far two fine-tunings are from each other. Compile and fine-tune with the same
+    --where, --examples and --test, so that both learn from the same rows.
 
     \b
     Methods (--method) and settings of each (--set):
@@ -101,18 +101,22 @@ def finetune(
     \b
       icl finetune train.csv -o reference
       icl finetune train.csv -o upper --first-layer 28 --examples 500
+      icl finetune pairs.csv -o writer --target-column reply --test test.csv
       icl finetune train.csv -o whole --method full --learning-rate 1e-4
     """
     from evaluation.reference.loop import LoopSettings
     from evaluation.reference.method import make_method
     from evaluation.reference.trainer import finetune as train_reference
     from icl_compiler.artifact import require_replaceable
-    from icl_compiler.data import load_dataset
 
     how = make_method(method, method_settings(method, settings, first_layer))
     require_replaceable(output, kind="reference")
-    dataset = load_dataset(data, text_column=text_column, label_column=label_column)
-    for warning in dataset.warnings:
+    dataset = columns.load(data)
+    warnings = list(dataset.warnings)
+    if test is not None:
+        dataset, dropped = columns.without_test(dataset, test)
+        warnings += dropped
+    for warning in warnings:
         say(f"Warning: {warning}")
     if examples is not None:
         dataset = dataset.subset(examples, seed=0)

@@ -188,11 +188,6 @@ def options(*decorators: Decorator) -> Decorator:
     return add
 
 
-text_column_option = click.option("--text-column", metavar="NAME", help="Column of the texts; guessed by its name.")
-label_column_option = click.option("--label-column", metavar="NAME", help="Column of the labels; guessed by its name.")
-target_column_option = click.option(
-    "--target-column", metavar="NAME", help="Column of the texts to generate, in place of labels."
-)
 model_option = click.option(
     "--model",
     default="smollm2-135m",

@@ -15,16 +15,14 @@ from icl_compiler.command_line import (
     counted,
     engine_options,
     json_option,
-    label_column_option,
     model_option,
     print_json,
     progress_bar,
     say,
     seed_option,
-    target_column_option,
     template_option,
-    text_column_option,
 )
+from icl_compiler.data_options import Columns, column_options, test_option
 from icl_compiler.registry import CALIBRATIONS, REFERENCES, RETRIEVERS, resolve
 
 if TYPE_CHECKING:
@@ -171,22 +169,14 @@ if TYPE_CHECKING:
     help="Calibrate towards the answers of the reference that `icl finetune` wrote there, not towards the labels.",
 )
 @template_option
-@click.option(
-    "--where",
-    multiple=True,
-    metavar="COLUMN=VALUE",
-    help="Use only rows of DATA where VALUE stands in COLUMN, or does not: COLUMN!=VALUE. Given again: both.",
-)
 @click.option("--examples", type=WholeNumber(min=1), show_default="all", help="Rows of DATA to use, label-balanced.")
-@click.option("--test", metavar="DATA", help="Test data: rows with a text that stands there too are left out.")
+@test_option
 @click.option(
     "--from-feedback",
     metavar="[NAME=]FILE",
     help="Put in the corrections that `icl serve` keeps in FILE for the program NAME (default: the output's name).",
 )
-@text_column_option
-@label_column_option
-@target_column_option
+@column_options
 @engine_options
 @seed_option
 @json_option
@@ -211,13 +201,10 @@ def compile_command(
     cache_block: int,
     block_share: float,
     ensembles: int | None,
-    where: tuple[str, ...],
     examples: int | None,
     test: str | None,
     from_feedback: str | None,
-    text_column: str | None,
-    label_column: str | None,
-    target_column: str | None,
+    columns: Columns,
     calibration: str | None,
     calibrate_on: int,
     reference: Path | None,
@@ -247,7 +234,6 @@ def compile_command(
     from icl_compiler.artifact import require_replaceable, save_program
     from icl_compiler.calibration.calibrating import WITH_OWN_PROMPTS
     from icl_compiler.compile import compile_program
-    from icl_compiler.data import load_dataset
     from icl_compiler.optimise.levels import DEFAULT_RETRIEVERS, QUERIES, SEARCHES
     from icl_compiler.optimise.trace import table
     from icl_compiler.predictor import open_backend
@@ -266,15 +252,13 @@ def compile_command(
     require_replaceable(output, kind="program")
     if not searches and calibration == "none" and reference:
         raise click.UsageError("--reference says what to calibrate towards; give --calibration auto too, or -O2")
-    dataset = load_dataset(
-        data, text_column=text_column, label_column=label_column, target_column=target_column, where=where
-    )
+    dataset = columns.load(data)
     warnings = list(dataset.warnings)
     corrections = 0
     if from_feedback is not None:
         dataset, corrections = _with_feedback(dataset, from_feedback, output)
     if test is not None:
-        dataset, dropped = _without_test(dataset, test, text_column)
+        dataset, dropped = columns.without_test(dataset, test)
         warnings += dropped
     for warning in warnings:
         say(f"Warning: {warning}")
@@ -466,27 +450,6 @@ def _with_feedback(dataset: "Dataset", given: str, output: Path) -> "tuple[Datas
     name, equals, file = given.rpartition("=")
     found = read_corrections(Path(file), name if equals else output.resolve().name)
     return amended(dataset, [(correction.text, correction.label) for correction in found]), len(found)
-
-
-def _without_test(dataset: "Dataset", test: str, text_column: str | None) -> "tuple[Dataset, list[str]]":
-    """The rows whose text does not stand in `test`, and warnings about what is gone."""
-    from icl_compiler.data import load_texts
-    from icl_compiler.errors import DataError, LabelError
-
-    kept, dropped = dataset.without_texts(load_texts(test, text_column=text_column))
-    if not dropped:
-        return dataset, []
-    if not len(kept):
-        raise DataError(
-            f"all {len(dataset)} rows of {dataset.source} stand in {test} too, so none is left to compile; "
-            "test on texts that are not compiled"
-        )
-    warnings = [f"{counted(dropped, 'row')} removed from the pool: in {test} too"]
-    if dataset.task == "classification" and (lost := sorted(set(dataset.labels) - set(kept.labels))):
-        warnings.append(f"that leaves no row of the label {lost[0]!r}, so the program does not know it")
-        if len(kept.labels) < 2:
-            raise LabelError(f"{warnings[0]}; that leaves the label {kept.labels[0]!r} only, expected two or more")
-    return kept, warnings
 
 
 def _never_fit(program: "Program") -> int:

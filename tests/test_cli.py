@@ -141,7 +141,7 @@ def test_compile_leaves_test_texts_out(here: Path) -> None:
     (here / "both.csv").write_text("text\nWHERE is my  parcel 0\nsomething else\n")
     result = icl("compile", "train.csv", "-o", "p", "--model", "echo", "--retriever", "bm25", "--test", "both.csv")
     assert result.exit_code == 0
-    assert result.stderr == "Warning: 1 row removed from the pool: in both.csv too\n"
+    assert result.stderr == "Warning: 1 row of train.csv left out: in both.csv too\n"
     assert len(load_program(here / "p").pool.data) == 17
 
 

@@ -60,6 +60,29 @@ def test_finetune_says_what_it_made(tiny: Path, here: Path) -> None:
     assert load_reference(here / "r").labels == ("card", "refund", "track")
 
 
+def test_finetune_on_named_columns_and_rows_without_those_of_the_test(tiny: Path, here: Path) -> None:
+    rows = [
+        f"{i} {colour},a {colour} thing,{part}" for i in range(12) for colour, part in (("red", "x"), ("blue", "y"))
+    ]
+    (here / "pairs.csv").write_text("\n".join(["said,meant,part", *rows]))
+    (here / "asked.csv").write_text("\n".join(["said,meant,part", *rows[:4]]))
+    asked = ["finetune", "pairs.csv", "-o", "writer", "--model", tiny, "--epochs", 1, "--held-out", 0.2]
+    asked += ["--text-column", "said", "--target-column", "meant"]
+    result = icl(*asked, "--where", "part=x", "--test", "asked.csv", "--json")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == "Warning: 2 rows of pairs.csv left out: in asked.csv too\n"
+    assert json.loads(result.stdout)["examples"] == 8  # of twelve red ones, less the test's two and the held-out two
+    reference = load_reference(here / "writer")
+    assert (reference.labels, reference.examples) == ((), 8)
+    done("compile", "pairs.csv", "-o", "p", "--model", tiny, "--retriever", "bm25", "--shots", 1, *asked[10:])
+    evaluate = ["evaluate", "p", "--reference", "writer", "--no-baselines", "--max-new-tokens", 4, *asked[10:]]
+    said = icl(*evaluate, "--data", "asked.csv", "--where", "part=x", "--json")
+    assert said.exit_code == 0, said.output
+    assert [row["n_queries"] for row in json.loads(said.stdout)["rows"]] == [2]
+    lost = icl(*asked, "--where", "part=z")
+    assert (lost.exit_code, "no row of pairs.csv is left where part=z" in " ".join(lost.stderr.split())) == (1, True)
+
+
 @pytest.mark.parametrize(
     ("method", "settings", "described"),
     [
