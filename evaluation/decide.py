@@ -2,6 +2,7 @@
 
 - One decision for the rows that differ in their number of examples only: same dataset and queries, model,
   optimisation, retriever, budget, seed and reference. It rests on the intervals in the rows, and computes none anew.
+- Of several seeds that asked the same queries it is about their mean (`evaluation.seeds`), and says what each shows.
 - Where the rows support no verdict (no interval, several levels, two gaps for one size), a sentence says why.
 - Rows do not say on which queries a program was chosen. Where several were measured on one dataset, a sentence says
   that each verdict holds by itself, and not for the best of them.
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
+from jaxtyping import Int
 
 from evaluation.bounds import n_tv
 from evaluation.curve_points import Points
@@ -22,6 +24,7 @@ from evaluation.curves import FittedCurve, fitted_curve
 from evaluation.formatting import brackets, counted, joined, one_line, with_interval
 from evaluation.intervals import Interval
 from evaluation.measurement import Measurement
+from evaluation.seeds import Pooled, pooled, without_seed
 from evaluation.sentences import asked_in_turn
 from evaluation.verdict import BreakEven, TokenCost, Verdict, break_even, verdict_of_intervals
 from icl_compiler.errors import EvaluationError
@@ -105,16 +108,51 @@ def decide(
             "icl evaluate PROGRAM --reference REFERENCE --data TEST --rows FILE"
         )
     found = []
-    for line in lines.values():
-        rivals = [other[0] for other in lines.values() if other[0].dataset == line[0].dataset]
+    programs = _programs(list(lines.values()), rows)
+    for line, pool in programs:
+        rivals = [other[0] for other, _ in programs if other[0].dataset == line[0].dataset]
         name = _name(line[0], rivals)
+        beside = [*rows, *(pool.beside if pool else ())]
         try:
-            found.append(_decision(name, line, rows, len(rivals), epsilon, labels, prices))
+            seeds = pool.lines if pool else ()
+            decision = _decision(name, line, beside, len(rivals), epsilon, labels, prices, seeds)
+            if pool and decision.verdict:
+                told = _seed_by_seed(pool, epsilon)
+                decision = decision._replace(sentences=(*decision.sentences[:2], *told, *decision.sentences[2:]))
         except EvaluationError as error:
-            found.append(Decision(name, (f"No verdict: {error}.",)))
+            decision = Decision(name, (f"No verdict: {error}.",))
+        found.append(decision)
     if all(decision.verdict is None for decision in found):
         raise EvaluationError(" ".join(f"{decision.name}: {decision.sentences[0]}" for decision in found))
     return found
+
+
+def _programs(
+    lines: Sequence[list[Measurement]], rows: Sequence[Measurement]
+) -> list[tuple[list[Measurement], Pooled | None]]:
+    """The rows of each program: of the mean over its seeds where these can be taken together, else of each seed."""
+    programs: dict[tuple[object, ...], list[list[Measurement]]] = {}
+    for line in lines:
+        settings = [getattr(line[0], field) for field in SETTINGS if field not in ("seed", "reference")]
+        key = (line[0].dataset, *settings, without_seed(line[0].reference))
+        programs.setdefault(key, []).append(line)
+    found: list[tuple[list[Measurement], Pooled | None]] = []
+    for seeds in programs.values():
+        pool = pooled(seeds, rows)
+        found += [(pool.line, pool)] if pool else [(line, None) for line in seeds]
+    return found
+
+
+def _seed_by_seed(pool: Pooled, epsilon: float) -> list[str]:
+    """What each seed shows with the most examples, and what the mean says nothing about."""
+    most = max(cast(int, row.n_examples) for row in pool.line)
+    ends = sorted((row for line in pool.lines for row in line if row.n_examples == most), key=lambda row: row.seed or 0)
+    told = joined([f"{with_interval(row.gap, row.gap_low, row.gap_high, digits=3)}" for row in ends])
+    return [
+        f"That is the mean gap over the seeds {joined([str(seed) for seed in pool.seeds])}, of the examples drawn and "
+        f"of the reference; with {counted(most, 'example')} they have {told}. How far other seeds would differ is not "
+        "in the interval."
+    ]
 
 
 def _name(row: Measurement, rivals: Sequence[Measurement]) -> str:
@@ -131,6 +169,7 @@ def _decision(
     epsilon: float,
     labels: int | None,
     prices: Prices | None,
+    seeds: Sequence[Sequence[Measurement]] = (),
 ) -> Decision:
     by_size = _by_size(line)
     ordered = [by_size[n] for n in sorted(by_size)]
@@ -177,8 +216,10 @@ def _decision(
         )
     else:
         try:
-            lows, highs = np.array(intervals).T
-            points = Points.from_intervals(sizes, gaps, lows, highs, level=level)
+            points = _points_of_queries(sizes, seeds or [line])
+            if points is None:
+                lows, highs = np.array(intervals).T
+                points = Points.from_intervals(sizes, gaps, lows, highs, level=level)
             curve = fitted_curve(points, rng=np.random.default_rng(0), level=level)
             said += _about_curve(curve, epsilon)
         except EvaluationError as error:
@@ -218,6 +259,14 @@ def _by_size(line: Sequence[Measurement]) -> dict[int, Measurement]:
         named = joined([f"{100 * level:g} %" for level in levels])
         raise EvaluationError(f"the intervals are of {named}, and a verdict needs one level (icl evaluate --level)")
     return found
+
+
+def _points_of_queries(sizes: Int[np.ndarray, " sizes"], seeds: Sequence[Sequence[Measurement]]) -> Points | None:
+    """The points of a curve, from the gaps of the same queries at all sizes and seeds; `None` without these."""
+    gaps = [[by_size[n].gaps for n in sizes.tolist()] for by_size in map(_by_size, seeds)]
+    if len({len(each or ()) for seed in gaps for each in seed}) > 1 or None in gaps[0]:
+        return None
+    return Points.from_seeds(sizes, np.array(gaps, dtype=np.float64).transpose(0, 2, 1))
 
 
 def _interval(row: Measurement) -> Interval:

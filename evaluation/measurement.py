@@ -39,6 +39,7 @@ class Measurement:
         shots: most that were allowed: a number, or "fit".
         gap_truncation: by how much the bounds of a mean gap differ, whose midpoint is `gap`: of an engine that gives
             only its likeliest tokens. The interval covers it. `None` where the gap is exact.
+        gaps: of each query, in the order in which all rows of the same queries have them.
         n_labels: how many labels there are, without "other".
         queries_max: where queries were asked until a decision, how many might have been; the intervals then hold
             whenever one stopped. `epsilon`, `decision` (within, not within, undecided) and `queries_asked` are of the
@@ -70,6 +71,7 @@ class Measurement:
     gap_low: float | None = None
     gap_high: float | None = None
     gap_truncation: float | None = None
+    gaps: tuple[float, ...] | None = None
     gap_coupling: float | None = None
     gap_chain: float | None = None
     token_gap: float | None = None
@@ -135,7 +137,7 @@ class Measurement:
 
 
 def checked(value: object, name: str, kind: str, where: str) -> object:
-    """`value` as a str, an int or a float in its range, as `kind` says; `None` if it was not measured.
+    """`value` as a str, an int, a float in its range or several, as `kind` says; `None` if it was not measured.
 
     Raises:
         EvaluationError: if it is not of its kind; the message begins with `where`.
@@ -147,6 +149,10 @@ def checked(value: object, name: str, kind: str, where: str) -> object:
         return None
     if "str" in kind:
         return str(value)
+    if "tuple" in kind:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise EvaluationError(f"{where}: {name} should be a list of numbers, is {value!r}")
+        return tuple(checked(each, name, "float", where) for each in value)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise EvaluationError(f"{where}: {name} should be a number or null, is {value!r}")
     number = float(value)

@@ -8,7 +8,6 @@
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -24,6 +23,7 @@ from evaluation.decide import ENOUGH_SIZES, SETTINGS, Decision, decide
 from evaluation.formatting import counted, share
 from evaluation.intervals import Interval
 from evaluation.measurement import Group, Measurement, Row
+from evaluation.seeds import without_seed
 from icl_compiler.errors import EvaluationError
 
 _PLACES = 41
@@ -51,17 +51,17 @@ def lines_of(group: Group) -> list[list[Measurement]]:
 def _settings(row: Measurement) -> list[object]:
     """What makes it another program; its seed, which the reference names too, does not."""
     kept = [getattr(row, field) for field in SETTINGS if field not in ("seed", "reference")]
-    return [*kept, re.sub(r", seed \d+", "", row.reference or "")]
+    return [*kept, without_seed(row.reference)]
 
 
 def decision_of(group: Group, epsilon: float) -> Decision | None:
     """The verdict on the head's program; `None` where only one number of examples is measured."""
-    line = line_of(group)
-    if len(line) < 2:
+    lines = lines_of(group)
+    if not lines or len(lines[0]) < 2:
         return None
     beside = [row for row in group.rows if row.series in ("floor", "neighbours' vote")]
     try:
-        return decide([*line, *beside], epsilon=epsilon)[0]
+        return decide([row for line in lines for row in line] + beside, epsilon=epsilon)[0]
     except EvaluationError:
         return None
 

@@ -4,10 +4,12 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from measured_rows import VOTE, row
 
+from evaluation.intervals import betting
 from icl_compiler.cli import main
 
 ROWS = Path(__file__).parents[1] / "benchmarks" / "rows" / "main_job.jsonl"
@@ -230,3 +232,60 @@ def test_rows_of_the_benchmark():
     found = json.loads(said.stdout)
     assert [each["name"] for each in found] == ["banking77", "mr", "subj", "clinc150_oos"]
     assert {(each["answer"], each["against_floor"]) for each in found} == {("not within", "above")}
+
+
+def seeds(gaps, **changes):
+    """A line of each seed, whose gaps of 200 queries have the means given, each query its own."""
+    ease = np.linspace(0.5, 1.5, 200)
+    return [
+        row(gap=gap, n_examples=n, seed=seed, n_queries=200, **changes)
+        | {"reference": f"RSR, seed {seed}, 900 examples", "gaps": (gap * ease[:: 1 - 2 * (seed % 2)]).tolist()}
+        for seed, line in gaps.items()
+        for n, gap in line.items()
+    ]
+
+
+def test_seeds_that_asked_the_same_queries_have_one_verdict(decided):
+    """The two seeds' gaps vary against each other, so that the mean of both is known better than either."""
+    rows = seeds({0: {16: 0.2, 256: 0.05}, 1: {16: 0.3, 256: 0.09}})
+    floors = seeds({0: {256: 0.01}, 1: {256: 0.03}}, series="floor")
+    (found,) = decided([*rows, *floors])
+    assert (found["name"], found["sizes"], found["answer"], found["n"]) == ("banking77", [16, 256], "within", 256)
+    assert found["gaps"] == pytest.approx([0.25, 0.07])
+    low, high = found["floor"]
+    assert low < 0.02 < high
+    assert found["against_floor"] == "above"
+    said = " ".join(found["sentences"])
+    assert "the mean gap over the seeds 0 and 1, of the examples drawn and of the reference; with 256 examples" in said
+    assert "they have 0.050 [0.020, 0.080] and 0.090 [0.060, 0.120]" in said
+    interval = betting(np.mean([each["gaps"] for each in rows if each["n_examples"] == 256], axis=0), delta=0.05)
+    assert found["intervals"][1] == pytest.approx(list(interval), abs=0.01)
+    alone = decided([each for each in rows if each["seed"] == 1])
+    assert [each["answer"] for each in alone] == ["undecided"]
+    assert found["intervals"][1][1] < alone[0]["intervals"][1][1]
+    assert decided([*rows, *rows, *floors]) == [found]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"gaps": None}, {"gaps": [0.1] * 100}, {"n_examples": 512}, {"data_sha256": "other"}, {"gap_truncation": 0.02}],
+)
+def test_seeds_that_cannot_be_taken_together_have_their_own(decided, change):
+    rows = seeds({0: {16: 0.2, 256: 0.08}, 1: {16: 0.3, 256: 0.1}})
+    rows[-1] |= change
+    assert 2 <= len(decided(rows)) <= 3
+
+
+def test_a_curve_of_seeds_counts_how_they_differ(decided):
+    gaps = {n: 0.05 + 1.2 / math.sqrt(n) for n in (16, 64, 256, 1024)}
+    (alike,) = decided(seeds({0: gaps, 1: gaps}))
+    (apart,) = decided(seeds({0: gaps, 1: {n: 1.3 * gap for n, gap in gaps.items()}}))
+    assert alike["curve"]["form"] == apart["curve"]["form"]
+    widths = [np.ptp(found["curve"]["floor_interval"]) for found in (alike, apart)]
+    assert widths[0] < widths[1]
+
+
+def test_gaps_that_are_none_are_refused(icl):
+    said = icl([row() | {"gaps": [0.1, "much"]}])
+    assert said.exit_code == 1
+    assert "rows.jsonl, row 1: gaps should be a number or null, is 'much'" in " ".join(said.stderr.split())
