@@ -5,10 +5,12 @@ Those of the evaluator stand in `test_evaluator_cli.py`.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,29 @@ def test_the_list_of_commands_is_not_cut_short() -> None:
     said = CliRunner(env={"COLUMNS": "80"}).invoke(main, ["--help"])
     assert "..." not in said.stdout.partition("Commands:")[2]
     assert all(f"\n  {name} " in said.stdout for name in commands() if " " not in name)
+
+
+def told_to_type() -> Iterator[tuple[str, str, str]]:
+    """Each `icl COMMAND ...` of a message, a docstring or a page: where, the command, the rest of it."""
+    root = Path(__file__).parents[1]
+    folders = ("icl_compiler", "evaluation", "serving", "retrievers", "docs", "benchmarks", "deploy", "prompts")
+    for file in [root / "README.md", *(file for folder in folders for file in sorted((root / folder).rglob("*.*")))]:
+        if file.suffix in (".py", ".md", ".jinja", ".yaml"):
+            text = re.sub(r'"\s*\n\s*f?"|\\\n', " ", file.read_text(encoding="utf-8"))
+            for name, rest in re.findall(r"(?:[`$(]|  )icl ([a-z]+)\b([^`\n()|;#]*)", text):
+                if name != "vllm":  # whose options are those of `vllm serve` too
+                    yield f"{file.relative_to(root)}: icl {name}{rest}", name, rest
+
+
+def test_what_people_are_told_to_type_is_there() -> None:
+    known = commands()
+    found = list(told_to_type())
+    assert len(found) > 150
+    for where, name, rest in found:
+        assert name in known, where
+        name = " ".join([name, *rest.split()[:1]]) if isinstance(known[name], click.Group) else name
+        options = {o for each in known[name].params for o in (*each.opts, *each.secondary_opts)} | {"--help"}
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest)) <= options, where
 
 
 def test_version() -> None:
