@@ -6,6 +6,7 @@
   number of queries drawn independently. Those of the log-loss, which has no bound, are Student's: approximate.
 - Where one of the two asked until a decision, the number of queries was chosen by what they showed: then all is by the
   confidence sequence, in the order asked, and the log-loss is left out.
+- Rows of one sweep or evaluation that hold the gap of each query are compared likewise (`difference_of_gaps`).
 - One p-value is about one comparison settled on beforehand: of many comparisons some are below 0.05 by chance.
 """
 
@@ -19,6 +20,7 @@ from scipy.stats import ttest_rel
 
 from evaluation.formatting import counted
 from evaluation.intervals import betting, betting_p_value, confidence_sequence
+from evaluation.measurement import Measurement
 from icl_compiler.errors import EvaluationError
 
 Line = Mapping[str, object]
@@ -114,6 +116,25 @@ def bounded_difference(
     p_value = betting_p_value(values, mean=0.5, delta=1 - level, anytime=anytime)
     means = float(a.mean()), float(b.mean())
     return Difference(measure, *means, means[1] - means[0], 2 * low - 1, 2 * high - 1, p_value, exact=True)
+
+
+def difference_of_gaps(first: Measurement, second: Measurement) -> Difference | None:
+    """The gap of the second row less that of the first; `None` if they do not say the gaps of the same queries.
+
+    >>> prompt, floor = (Measurement("program", gap=gap, gaps=(gap, 0.4) * 100, level=0.95) for gap in (0.3, 0.2))
+    >>> found = difference_of_gaps(prompt, floor)
+    >>> round(found.difference, 3), round(found.low, 3), round(found.high, 3)
+    (-0.05, -0.075, -0.024)
+    """
+    a, b = first.gaps, second.gaps
+    alike = ("dataset", "data_sha256", "level")
+    if not a or not b or len(a) != len(b) or any(getattr(first, x) != getattr(second, x) for x in alike):
+        return None
+    anytime = first.queries_max is not None
+    if first.level is None or first.gap_truncation or second.gap_truncation or anytime != bool(second.queries_max):
+        return None
+    order = np.arange(len(a)) if anytime else np.random.default_rng(0).permutation(len(a))
+    return bounded_difference("gap", np.array(a)[order], np.array(b)[order], first.level, anytime=anytime)
 
 
 def unbounded_difference(

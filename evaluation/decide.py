@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from evaluation.bounds import n_tv
+from evaluation.comparison import difference_of_gaps
 from evaluation.curve_points import Points
 from evaluation.curves import FittedCurve, fitted_curve
 from evaluation.formatting import brackets, counted, joined, one_line, with_interval
@@ -275,6 +276,7 @@ def _interval(row: Measurement) -> Interval:
 
 def _about_vote(head: Measurement, vote: Measurement, epsilon: float) -> list[str]:
     """Where the vote makes the language model needless, as far as the intervals tell."""
+    apart = difference_of_gaps(head, vote)
     interval, measured = _interval(vote), with_interval(vote.gap, vote.gap_low, vote.gap_high, digits=3)
     said = []
     if interval.high <= epsilon:
@@ -282,9 +284,12 @@ def _about_vote(head: Measurement, vote: Measurement, epsilon: float) -> list[st
             f"The vote of the nearest neighbours alone is within {epsilon:g}, at {measured}: for that no language "
             "model is needed."
         )
-    if interval.high < _interval(head).low:
+    if apart.high < 0 if apart else interval.high < _interval(head).low:
+        by = ""
+        if apart:
+            by = f", by {with_interval(-apart.difference, -apart.high, -apart.low, digits=3)} query by query"
         said.append(
-            f"The vote of the nearest neighbours alone, at {measured}, is closer to the reference than the prompt: "
+            f"The vote of the nearest neighbours alone, at {measured}, is closer to the reference than the prompt{by}: "
             "here the language model brings no gain."
         )
     return said

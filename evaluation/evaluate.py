@@ -315,6 +315,7 @@ def gap_columns(compared: Gap, queries: int) -> Row:
     """A gap as it stands in a row."""
     low, high = compared.interval
     columns: Row = {"gap": compared.mean, "gap_low": low, "gap_high": high, "n_queries": queries}
+    columns["gaps"] = [round(each, 5) for each in compared.per_query.tolist()]
     if compared.bounds is not None:
         columns["gap_truncation"] = compared.bounds.high - compared.bounds.low
     return columns

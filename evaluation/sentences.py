@@ -1,12 +1,14 @@
 """The verdict in words, from rows of measurements.
 
-The sentences claim what the intervals support. Two intervals that do not overlap decide; two that do are
-called undecided, whatever the points say. No interval, no claim.
+The sentences claim what the intervals support. Where two rows hold the gaps of the same queries, the interval of
+their difference decides, query by query; else two intervals that do not overlap decide, and two that do are called
+undecided, whatever the points say. No interval, no claim.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from evaluation.comparison import difference_of_gaps
 from evaluation.formatting import counted, joined, one_line, share, with_interval
 from evaluation.measurement import SERIES, Group, Measurement, Row, grouped, measurements
 
@@ -69,7 +71,7 @@ def headline(group: Group) -> str:
         f"a gap of {gap}, below the floor of {least}.",
         "overlap": f"The gap of {gap} is not above the floor of {least}, as far as {_queries(head, floor)} can tell.",
         "unknown": f"The gap is {gap}, the floor {least}. Which is larger is open: an interval is not measured.",
-    }[_order(head, floor)]
+    }[_order(head, floor).word]
 
 
 def status(group: Group) -> str:
@@ -84,7 +86,7 @@ def status(group: Group) -> str:
         "below": "below the floor",
         "overlap": "not shown to be above the floor",
         "unknown": "without an interval",
-    }[_order(head, floor)]
+    }[_order(head, floor).word]
 
 
 def sentences(group: Group) -> list[str]:
@@ -148,13 +150,17 @@ def _against_floor(head: Measurement, floor: Measurement | None) -> str:
             "The floor is not measured, so nothing says how small a gap can be expected to get: "
             "pass a second --reference, trained with another seed."
         )
+    order = _order(head, floor)
+    chance = f"the difference, {order.by}, may be chance" if order.by else "the intervals overlap"
     return {
-        "above": "The gap is above the floor: its whole interval lies above the floor's.",
+        "above": f"The gap is above the floor, by {order.by}."
+        if order.by
+        else "The gap is above the floor: its whole interval lies above the floor's.",
         "below": "The gap is below the floor: the prompt is closer to the reference than a second fine-tuning is.",
-        "overlap": f"The gap is not above the floor as far as {_queries(head, floor)} can tell: the "
-        "intervals overlap. That does not show that the two are equal.",
+        "overlap": f"The gap is not above the floor as far as {_queries(head, floor)} can tell: {chance}. "
+        "That does not show that the two are equal.",
         "unknown": "Whether the gap is above the floor is open: an interval is not measured.",
-    }[_order(head, floor)]
+    }[order.word]
 
 
 def _texts(head: Measurement) -> str:
@@ -188,7 +194,7 @@ def _against_vote(head: Measurement, vote: Measurement | None) -> str:
             "it is the cheap baseline that a prompt should beat."
         )
     sentence = _closer(head, vote)
-    if _order(vote, head) == "below":
+    if _order(vote, head).word == "below":
         sentence += " As an approximation of the reference, the language model brings no gain here."
     if vote.accuracy is not None and head.accuracy is not None and vote.accuracy > head.accuracy:
         also = "also " if (vote.gap or 0.0) <= (head.gap or 0.0) else ""
@@ -210,14 +216,16 @@ def _closer(head: Measurement, other: Measurement) -> str:
         names[id(other)] += f" (with {counted(other.n_examples or 0, 'example')})"
     near, far = names[id(nearer)], names[id(further)]
     order = _order(nearer, further)
-    if order == "below":
-        return f"{_capital(near)} is closer to the reference ({_text(nearer)}) than {far} ({_text(further)})."
+    if order.word == "below":
+        by = f", by {order.by}" if order.by else ""
+        return f"{_capital(near)} is closer to the reference ({_text(nearer)}) than {far} ({_text(further)}){by}."
     measured = f"{_capital(near)} has the smaller measured gap ({_text(nearer)}, against {_text(further)} for {far})"
     if nearer.gap == further.gap:
         measured = f"{_capital(near)} and {far} have the same measured gap ({_text(nearer)})"
-    if order == "unknown":
+    if order.word == "unknown":
         return f"{measured}; an interval is not measured, so which is closer is open."
-    return f"{measured}, but the intervals overlap: {_queries(head, other)} cannot tell which is closer."
+    chance = f"the difference, {order.by}, may be chance" if order.by else "the intervals overlap"
+    return f"{measured}, but {chance}: {_queries(head, other)} cannot tell which is closer."
 
 
 def _accuracy(head: Measurement) -> str:
@@ -252,12 +260,15 @@ def _trend(group: Group, head: Measurement) -> str:
     change = (
         f"{_text(first)} with {counted(first.n_examples or 0, 'example')} to {_text(head)} with {head.n_examples:,}"
     )
+    order = _order(first, head)
+    by = f", by {order.by}" if order.by else ""
+    chance = f"the difference, {order.by}, may be chance" if order.by else "the intervals overlap"
     return {
-        "above": f"The gap falls from {change}.",
-        "below": f"The gap grows from {change}: more examples take the prompt further from the reference.",
-        "overlap": f"The measured gap goes from {change}; the intervals overlap, so no change is shown.",
+        "above": f"The gap falls from {change}{by}.",
+        "below": f"The gap grows from {change}{by}: more examples take the prompt further from the reference.",
+        "overlap": f"The measured gap goes from {change}; {chance}, so no change is shown.",
         "unknown": f"The measured gap goes from {change}; an interval is not measured.",
-    }[_order(first, head)]
+    }[order.word]
 
 
 def _other_cells(group: Group, head: Measurement) -> list[str]:
@@ -265,7 +276,7 @@ def _other_cells(group: Group, head: Measurement) -> list[str]:
     found = []
     levels = [row for row in _alike(group, head, but="optimisation") if row.optimisation != head.optimisation]
     if levels:
-        said = [f"{_text(row)} at -{row.optimisation} ({row.retriever})" for row in levels]
+        said = [f"{_text(row)} at -{row.optimisation} ({row.retriever}{_more(row, head, '; ')})" for row in levels]
         found.append(f"The program was compiled at -{head.optimisation}; the gap is {joined(said)}.")
     for field, words in (
         ("max_prompt_tokens", "a budget of {:,} tokens"),
@@ -274,7 +285,11 @@ def _other_cells(group: Group, head: Measurement) -> list[str]:
         ("reference", "the reference “{}”"),
     ):
         others = [row for row in _alike(group, head, but=field) if getattr(row, field) != getattr(head, field)]
-        named = [f"{_text(row)} with {words.format(getattr(row, field))}" for row in others if getattr(row, field)]
+        named = [
+            f"{_text(row)} with {words.format(getattr(row, field))}{_more(row, head)}"
+            for row in others
+            if getattr(row, field)
+        ]
         if named:
             found.append(f"All else equal, the gap is {joined(named)}.")
     seeds = _alike(group, head, but="seed")
@@ -313,20 +328,44 @@ def _noise(group: Group, head: Measurement) -> str:
     noise = max(noises, key=lambda row: row.gap or 0.0)
     again = f"the same prompts, scored in {noise.noise_against or 'other batches'}"
     apart = f"differ by {with_interval(noise.gap, noise.gap_low, noise.gap_high, 3)}, on {_queries(noise, noise)}"
-    if _order(noise, head) != "below":
+    if _order(noise, head).word != "below":
         return f"The scoring noise is not clearly below the gap: {again}, {apart}."
     if (noise.gap or 0.0) < SEEN:
         return ""
     return f"Differences between gaps that are below the scoring noise mean nothing: {again}, {apart}."
 
 
-def _order(a: Measurement, b: Measurement) -> Literal["above", "below", "overlap", "unknown"]:
-    """Where the interval of the gap of `a` lies, seen from that of `b`."""
+class _Order(NamedTuple):
+    """Where a gap lies, seen from another, and by how much; `by` is empty where they are not known query by query."""
+
+    word: Literal["above", "below", "overlap", "unknown"]
+    by: str = ""
+
+
+def _order(a: Measurement, b: Measurement) -> _Order:
+    """Where the gap of `a` lies, seen from that of `b`."""
+    if found := difference_of_gaps(b, a):
+        size, low, high = found.difference, found.low, found.high
+        word: Literal["above", "below", "overlap"] = "above" if low > 0 else "below" if high < 0 else "overlap"
+        if size < 0:
+            size, low, high = -size, -high, -low
+        return _Order(word, f"{with_interval(size, low, high)} query by query")
     if a.gap_low is None or a.gap_high is None or b.gap_low is None or b.gap_high is None:
-        return "unknown"
+        return _Order("unknown")
     if a.gap_low > b.gap_high:
-        return "above"
-    return "below" if a.gap_high < b.gap_low else "overlap"
+        return _Order("above")
+    return _Order("below" if a.gap_high < b.gap_low else "overlap")
+
+
+def _more(row: Measurement, head: Measurement, before: str = ", ") -> str:
+    """By how much the gap of a row is larger than the head's, query by query; empty where that is not known."""
+    found = difference_of_gaps(head, row)
+    if found is None:
+        return ""
+    size, low, high = found.difference, found.low, found.high
+    if size < 0:
+        return f"{before}smaller by {with_interval(-size, -high, -low)}"
+    return f"{before}larger by {with_interval(size, low, high)}"
 
 
 def _alike(group: Group, head: Measurement, but: str) -> list[Measurement]:

@@ -160,7 +160,6 @@ class Worker:
                 "seed": ask.seed,
                 "reference_examples": reference.examples,
                 "reference_seconds": training_s,
-                "gaps": [round(each, 5) for each in compared.per_query.tolist()],
                 "correct": _bits(told, data),
             }
             if first.same_rows:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from measured_rows import VOTE, row
 
@@ -134,6 +135,43 @@ def test_random_and_zero_shots_are_compared():
 )
 def test_trend_over_examples(first, words):
     assert words in says(row(), row(gap=first, n_examples=16))
+
+
+def of_queries(series="program", *, more=0.0, wide=0.0, **changes):
+    """A row with the gaps of 200 queries, which vary widely, but alike in every row."""
+    gaps = np.linspace(0.02, 0.4, 200) + more + wide * np.where(np.arange(200) % 2, 1, -1)
+    return row(series, float(gaps.mean()), gaps=gaps.tolist(), n_queries=200, **changes)
+
+
+def test_rows_of_the_same_queries_are_compared_query_by_query():
+    """Side by side all these intervals overlap."""
+    said = says(
+        of_queries(more=0.05),
+        of_queries("floor"),
+        of_queries(VOTE, more=0.02),
+        of_queries("random shots", more=0.09),
+        of_queries(more=0.11, n_examples=16),
+        of_queries(more=0.04, max_prompt_tokens=256),
+    )
+    assert "The gap is above the floor, by 0.05 [0.02, 0.08] query by query." in said
+    assert "is closer to the reference (0.23 [0.20, 0.26]) than the prompt (0.26 [0.23, 0.29]), by 0.03 [" in said
+    assert "than the prompt with random shots (0.30 [0.27, 0.33]), by 0.04 [" in said
+    assert "to 0.26 [0.23, 0.29] with 512, by 0.06 [" in said
+    assert "0.25 [0.22, 0.28] with a budget of 256 tokens, smaller by 0.01 [-0.02, 0.04]" in said
+    assert "overlap" not in said
+
+
+def test_differences_that_may_be_chance():
+    said = says(of_queries(), of_queries("floor", wide=0.01), of_queries(VOTE, more=0.01, wide=0.01))
+    assert "as far as 200 queries can tell: the difference, 0.00 [" in said
+    assert "but the difference, 0.01 [" in said
+    assert "may be chance: 200 queries cannot tell which is closer" in said
+
+
+@pytest.mark.parametrize("change", [{"gaps": [0.1] * 100}, {"data_sha256": "other"}, {"gap_truncation": 0.01}])
+def test_rows_of_other_queries_are_compared_by_their_intervals(change):
+    said = says(of_queries(more=0.05), of_queries("floor") | change)
+    assert "queries can tell: the intervals overlap" in said
 
 
 def test_trend_survives_a_reference_trained_on_the_same_examples():
