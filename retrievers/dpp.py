@@ -12,44 +12,16 @@ P(S) ∝ det L_S,  L_ij = q_i s_ij q_j,  s_ij = (1 + cos(i, j)) / 2,  q_i² = ex
 """
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from retrievers.dense import Dense
-from retrievers.reranking import rerank
-from retrievers.retriever import Hits, Resources
+from retrievers.reranking import Reranked
+from retrievers.retriever import Resources
 
 _TRADE_OFF = 0.1
 _LEAST = 1e-6
-
-
-class DPP:
-    """Rows by what each adds to the log-determinant of those before."""
-
-    score_meaning: ClassVar[str] = "log-determinant gained: 5 (1 + cosine) + log of the share that is new"
-
-    def __init__(self, resources: Resources) -> None:
-        self._dense = Dense(resources)
-
-    def fit(self, texts: Sequence[str]) -> None:
-        """Encode and index `texts`."""
-        self._dense.fit(texts)
-
-    def search(self, texts: Sequence[str], k: int) -> Hits:
-        """The `k` rows that are taken first; of equal ones the nearer to the query."""
-        return rerank(self._dense, texts, k, pick=greedy_map, repeated=_repeated)
-
-    def save(self, folder: Path) -> None:
-        """Write the dense index."""
-        self._dense.save(folder)
-
-    def load(self, folder: Path) -> None:
-        """Read the dense index."""
-        self._dense.load(folder)
 
 
 def greedy_map(
@@ -92,3 +64,12 @@ def greedy_map(
 def _repeated(relevance: Float32[np.ndarray, "queries rows"]) -> Float32[np.ndarray, "queries rows"]:
     scores: Float32[np.ndarray, "queries rows"] = (1 + relevance) / (2 * _TRADE_OFF) + math.log(_LEAST)
     return scores
+
+
+class DPP(Reranked):
+    """Rows by what each adds to the log-determinant of those before."""
+
+    score_meaning: ClassVar[str] = "log-determinant gained: 5 (1 + cosine) + log of the share that is new"
+
+    def __init__(self, resources: Resources) -> None:
+        super().__init__(resources, pick=greedy_map, repeated=_repeated)

@@ -7,43 +7,15 @@ MMR = argmax over the rows left of  λ cos(row, query) − (1 − λ) max over t
   than one that has nothing to do with them. So scores fall.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from retrievers.dense import Dense
-from retrievers.reranking import rerank
-from retrievers.retriever import Hits, Resources
+from retrievers.reranking import Reranked
+from retrievers.retriever import Resources
 
 _RELEVANCE = 0.5
-
-
-class MMR:
-    """Rows by their cosine to the query, less their cosine to the most similar row before them."""
-
-    score_meaning: ClassVar[str] = "half the cosine similarity, less half the highest one to a row ranked before"
-
-    def __init__(self, resources: Resources) -> None:
-        self._dense = Dense(resources)
-
-    def fit(self, texts: Sequence[str]) -> None:
-        """Encode and index `texts`."""
-        self._dense.fit(texts)
-
-    def search(self, texts: Sequence[str], k: int) -> Hits:
-        """The `k` rows that are taken first; of equal ones the nearer to the query."""
-        return rerank(self._dense, texts, k, pick=marginal_relevance, repeated=_repeated)
-
-    def save(self, folder: Path) -> None:
-        """Write the dense index."""
-        self._dense.save(folder)
-
-    def load(self, folder: Path) -> None:
-        """Read the dense index."""
-        self._dense.load(folder)
 
 
 def marginal_relevance(
@@ -77,3 +49,12 @@ def marginal_relevance(
 
 def _repeated(relevance: Float32[np.ndarray, "queries rows"]) -> Float32[np.ndarray, "queries rows"]:
     return _RELEVANCE * relevance - (1 - _RELEVANCE)
+
+
+class MMR(Reranked):
+    """Rows by their cosine to the query, less their cosine to the most similar row before them."""
+
+    score_meaning: ClassVar[str] = "half the cosine similarity, less half the highest one to a row ranked before"
+
+    def __init__(self, resources: Resources) -> None:
+        super().__init__(resources, pick=marginal_relevance, repeated=_repeated)

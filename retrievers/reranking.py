@@ -7,12 +7,13 @@ scored as if it repeated a row that was taken, which none of the list can do wor
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, Int64
 
 from retrievers.dense import Dense
-from retrievers.retriever import Hits
+from retrievers.retriever import Hits, Resources
 
 _CANDIDATES = 256
 _BLOCK = 8  # queries at once: their vectors stay in the processor's cache
@@ -26,7 +27,31 @@ Repeated = Callable[[Float32[np.ndarray, "queries rows"]], Float32[np.ndarray, "
 """Cosines to scores of rows that repeat a row taken before."""
 
 
-def rerank(dense: Dense, texts: Sequence[str], k: int, *, pick: Pick, repeated: Repeated) -> Hits:
+class Reranked:
+    """A retriever over a dense index: `pick` orders each query's list, `repeated` scores the rows after it."""
+
+    def __init__(self, resources: Resources, *, pick: Pick, repeated: Repeated) -> None:
+        self._dense = Dense(resources)
+        self._pick, self._repeated = pick, repeated
+
+    def fit(self, texts: Sequence[str]) -> None:
+        """Encode and index `texts`."""
+        self._dense.fit(texts)
+
+    def search(self, texts: Sequence[str], k: int) -> Hits:
+        """The `k` rows that are taken first; of equal ones the nearer to the query."""
+        return _rerank(self._dense, texts, k, pick=self._pick, repeated=self._repeated)
+
+    def save(self, folder: Path) -> None:
+        """Write the dense index."""
+        self._dense.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Read the dense index."""
+        self._dense.load(folder)
+
+
+def _rerank(dense: Dense, texts: Sequence[str], k: int, *, pick: Pick, repeated: Repeated) -> Hits:
     """The `k` rows that `pick` takes of each query's list, and where the list ends, the rows after it."""
     k, listed = min(k, dense.rows), min(_CANDIDATES, dense.rows)
     ids = np.empty((len(texts), k), dtype=np.int64)
