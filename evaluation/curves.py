@@ -235,7 +235,7 @@ class FittedCurve:
         if n <= DOUBTFUL * most:
             return None
         doubt = "this is a guess" if n <= BASELESS * most else "no measurement supports this"
-        return f"{n:,} examples are {n / most:,.1f} times the largest size measured ({most:,}): {doubt}"
+        return f"{n:,} examples are {_times(n / most)} times the largest size measured ({most:,}): {doubt}"
 
 
 def fit(points: Points, form: Form | None = None) -> Fit:
@@ -379,6 +379,10 @@ def _percentiles(values: Float[np.ndarray, " resamples"], level: float) -> Range
     # Ranks rounded outward, without arithmetic between values: some may be infinite.
     ordered, tail = np.sort(values), (1 - level) / 2 * (len(values) - 1)
     return Range(float(ordered[math.floor(tail)]), float(ordered[math.ceil(len(values) - 1 - tail)]))
+
+
+def _times(factor: float) -> str:
+    return f"{factor:,.1f}" if factor < 100 else f"{factor:,.0f}"
 
 
 def _check_n(n: int) -> None:

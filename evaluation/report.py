@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evaluation.charts import plots
 from evaluation.decide import Decision
@@ -25,6 +25,9 @@ from evaluation.sentences import answer, headline, sentences, status
 from evaluation.sweep_charts import crossing_of, decision_of, sweep_plots
 from evaluation.tables import PER_QUERY
 from icl_compiler.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 # The hues of Okabe and Ito, darkened or lightened until they stand out from the page (at least 3:1).
 PALETTES = {
@@ -107,7 +110,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"share": share, "amount": amount, "label": _label, "unbroken": _unbroken}
+    environment.filters |= {"share": share, "amount": amount, "label": _label, "prose": _prose}
     environment.globals["brackets"] = brackets
     parts = [
         (group, headline(group), status(group), sentences(group), plots(group) + sweep_plots(group, read))
@@ -219,6 +222,9 @@ def _label(value: object) -> str:
     return "not known" if value is None else str(value) or "“” (empty)"
 
 
-def _unbroken(text: str) -> str:
-    """With the percent sign, and an interval, kept on the line of its number."""
-    return re.sub(r"(?<=\d) (?=%)|(?<=\d,) (?=\d\.\d+\])", "\N{NO-BREAK SPACE}", text)
+def _prose(text: str) -> "Markup":
+    """Escaped; percent signs and intervals stay on the line of their number, and `what is typed` is set as code."""
+    from markupsafe import Markup, escape
+
+    unbroken = re.sub(r"(?<=\d) (?=%)|(?<=\d,) (?=-?\d\.\d+\])", "\N{NO-BREAK SPACE}", text)
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(unbroken))))
