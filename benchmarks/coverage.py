@@ -145,7 +145,7 @@ def stops(lows: Array, highs: Array, epsilon: float) -> tuple[Array, Array]:
     looks = np.arange(BATCH, lows.shape[1] + 1, BATCH) - 1
     decided = (highs[:, looks] <= epsilon) | (lows[:, looks] > epsilon)
     first = np.where(decided.any(axis=1), looks[decided.argmax(axis=1)] + 1, lows.shape[1])
-    return first.astype(float), decided.any(axis=1)
+    return first.astype(float), np.asarray(decided.any(axis=1))
 
 
 def least_fixed(law: Law, epsilon: float, *, runs: int = 300, most: int = 4000) -> int | None:

@@ -245,7 +245,7 @@ def measure_with_vllm(parts: list[str], train: Dataset, drawn: list[str]) -> Non
 def measure_memory(train: Dataset, texts: list[str]) -> None:
     """Keep the row of the memory."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from serving_toys import fake_vllm
+    from serving_toys import fake_vllm  # type: ignore[import-not-found]  # of the tests
 
     short = replace(train, answers=tuple(answer[0] for answer in train.answers))  # a token is a byte: few questions
     made = compile_program(short, model="echo", shots=1, examples=EXAMPLES, seed=SEED, budget=3000)

@@ -44,8 +44,8 @@ def published(folder: Path) -> dict[tuple[str, str], Points]:
     runs: dict[tuple[str, str], dict[int, list[float]]] = {}
     with (folder / "curves" / "long_context_icl.csv").open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            sizes = runs.setdefault((row["dataset"], row["method"]), {})
-            sizes.setdefault(int(row["n_examples"]), []).append(1 - float(row["accuracy"]))
+            by_size = runs.setdefault((row["dataset"], row["method"]), {})
+            by_size.setdefault(int(row["n_examples"]), []).append(1 - float(row["accuracy"]))
     found = {}
     for name, by_size in runs.items():
         sizes = sorted(n for n in by_size if n > 0)

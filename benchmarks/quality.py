@@ -50,7 +50,7 @@ from evaluation.reference.method import make_method
 from evaluation.reference.trainer import finetune, load_reference
 from icl_compiler.backends.backend import Backend, Progress
 from icl_compiler.calibration.calibrating import calibrate
-from icl_compiler.calibration.methods import LEAST_PROBABILITY
+from icl_compiler.calibration.held_out import LEAST_PROBABILITY
 from icl_compiler.compile import compile_program
 from icl_compiler.data import Dataset, load_dataset
 from icl_compiler.optimise.levels import DEFAULT_RETRIEVERS, QUERIES, optimise
@@ -232,7 +232,8 @@ class Remembering:
 def references(folder: Path, name: str, train: Dataset, examples: int) -> tuple[list[Predictor], list[str]]:
     """Two references of seeds 0 and 1, trained if they are not there, and what they are, in words."""
     how = make_method("rsr", {})
-    found, told = [], []
+    found: list[Predictor] = []
+    told = []
     for seed in (0, 1):
         path = folder / f"{name}-{seed}"
         if not path.exists():

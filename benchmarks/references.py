@@ -124,21 +124,21 @@ def cells(stages: list[str], datasets: list[str], given: float | None = None) ->
         for seed in range(3):
             for name in datasets:
                 for method in RATES:
-                    if (rate := given or found_rate(method, name)) is not None:
-                        yield Cell("main", name, method, "", (), rate, seed, MAIN_ROWS, EPOCHS[name])
+                    if known := given or found_rate(method, name):
+                        yield Cell("main", name, method, "", (), known, seed, MAIN_ROWS, EPOCHS[name])
     if "ablation" in stages:
         for seed in range(3):
             for name in sorted({"banking77", "subj"} & set(datasets)):
                 for variant, settings in ABLATIONS.items():
-                    if (rate := given or found_rate("rsr", name)) is not None:
-                        told, rate = tuple(settings.items()), OWN_RATES.get(variant, rate)
+                    if known := given or found_rate("rsr", name):
+                        told, rate = tuple(settings.items()), OWN_RATES.get(variant, known)
                         yield Cell("ablation", name, "rsr", variant, told, rate, seed, ABLATION_ROWS, EPOCHS[name])
 
     if "workers" in stages:
         for variant, settings in WORKERS.items():
-            if (rate := given or found_rate("rsr", "banking77")) is not None:
+            if known := given or found_rate("rsr", "banking77"):
                 told = tuple(settings.items())
-                yield Cell("workers", "banking77", "rsr", variant, told, rate, 0, WORKERS_ROWS, EPOCHS["banking77"])
+                yield Cell("workers", "banking77", "rsr", variant, told, known, 0, WORKERS_ROWS, EPOCHS["banking77"])
 
 
 def found_rate(method: str, dataset: str) -> float | None:

@@ -206,7 +206,7 @@ class Bench(NamedTuple):
         labels = len(setting.label_words)
         if contender == "lm-eval":
             words = min(TRIAL_PAIRS, labels)
-            sizes = PEER_SIZES
+            sizes: tuple[int, ...] = PEER_SIZES
         elif contender == "openicl":
             words = 1
             sizes = tuple(size for size in PEER_SIZES if size * labels <= MOST_PAIRS_AT_ONCE) or (1,)
@@ -402,10 +402,10 @@ def exact(settings: Sequence[Setting], bench: Bench, path: Path, facts: Row) -> 
                 "mean_tv": found[1],
             }
             keep(path, row | {key: value for key, value in facts.items() if key not in row})
-    for row in rows_of(path):
-        if row["commit"] == bench.commit:
-            missed += row["bar"] is not None and row["max_difference"] > row["bar"]
-            print(told(row))
+    for kept in rows_of(path):
+        if kept["commit"] == bench.commit:
+            missed += kept["bar"] is not None and kept["max_difference"] > kept["bar"]
+            print(told(kept))
     return missed
 
 
@@ -436,8 +436,8 @@ def memory(data: Path, bench: Bench, path: Path, counts: Sequence[int], facts: R
             continue
         setting = Setting("mr", 4, prompts[:count], words, prompts[:1])
         result = bench.answer(bench.job("icl", setting, cap_s=None))
-        keys = ("queries", "seconds", "forwards", "computed_tokens", "prompt_tokens")
-        keys += ("loaded_memory_mib", "peak_memory_mib", "threads")
+        keys = ["queries", "seconds", "forwards", "computed_tokens", "prompt_tokens"]
+        keys += ["loaded_memory_mib", "peak_memory_mib", "threads"]
         keep(path, facts | {key: result[key] for key in keys})
     for row in rows_of(path):
         if row["commit"] == bench.commit:

@@ -25,7 +25,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ WORK = Path("bench-selection")
 MODEL = "smollm2-135m"
 POOL, QUERIES, SHOTS, SEED = 10_000, 1000, 16, 0
 MILLION, WIDTH, DIRECTIONS, NOISE = 1_000_000, 384, 2000, 0.7
-CONTENDERS = {
+CONTENDERS: dict[str, tuple[str, Callable[[], Path]]] = {
     "icl": ("selection_icl.py", lambda: Path(sys.executable)),
     "icl-one-by-one": ("selection_icl.py", lambda: Path(sys.executable)),
     "langchain": ("selection_langchain.py", selection_python),

@@ -54,7 +54,7 @@ def measure(name: str, frontier: int, data: Path) -> dict[str, object]:
         for attention, implementation in ATTENTIONS.items():
             model.set_attn_implementation(implementation)
             began = time.process_time()
-            objective.losses(part, held_out=False).mean().backward()
+            objective.losses(part, held_out=False).mean().backward()  # type: ignore[no-untyped-call]  # torch gives none
             seconds[attention].append(time.process_time() - began)
             model.zero_grad()
     medians = {f"{attention}_seconds": statistics.median(found[1:]) for attention, found in seconds.items()}
