@@ -27,6 +27,7 @@ from icl_compiler.data_options import Columns, column_options
 
 if TYPE_CHECKING:
     from evaluation.evaluate import Answers, Evaluation, ProgressFor
+    from evaluation.measurement import Row
     from evaluation.reference.trainer import Reference
     from icl_compiler.backends.backend import Backend
     from icl_compiler.data import Dataset
@@ -123,7 +124,7 @@ def evaluate(
       icl evaluate program --reference reference --data test.csv --epsilon 0.1
     """
     from evaluation.asking import in_random_order
-    from evaluation.evaluate import BASELINES, ask_references
+    from evaluation.evaluate import BASELINES, ask_references, texts_learned_from
     from evaluation.generation import require_comparable_texts
     from evaluation.generation_cli import measure_texts
     from evaluation.reference.trainer import load_reference
@@ -141,6 +142,7 @@ def evaluate(
     writes = loaded.task == "generation"
     dataset = (draw if epsilon is None else in_random_order)(dataset, queries, seed=seed)
     sizes = pool_sizes(loaded, examples)
+    warnings += texts_learned_from(described, dataset)
     (require_comparable_texts if writes else require_comparable)(loaded, described, dataset)
     open_engine = partial(open_backend, backend, loaded.settings.model, dtype=dtype, server=server, in_flight=in_flight)
     series = BASELINES if baselines else ()
@@ -317,12 +319,22 @@ def finish(
     as_json: bool = False,
     per_query_file: Path | None = None,
 ) -> None:
-    """Print the results, append the rows, write the report: in this order, so that a full disk takes only the files."""
+    """Append the rows, print the results, write the report.
+
+    Rows come first, so that nothing that fails later takes them along, be it a closed pipe; if they cannot be written,
+    the results are printed all the same before that is said.
+    """
     from evaluation.report import write_report
     from evaluation.sentences import verdict_sentence
     from evaluation.summary import summary_lines
 
     rows = [row for result in results for row in result.rows]
+    unwritten: OSError | None = None
+    try:
+        _append(rows_file, rows)
+        _append(per_query_file, [line for result in results for line in result.per_query])
+    except OSError as error:
+        unwritten = error
     for warning in warnings:
         say(f"Warning: {warning}")
     if as_json:
@@ -330,15 +342,19 @@ def finish(
     else:
         for line in [*summary_lines(rows), "", *verdict_sentence(rows)]:
             click.echo(line)
-    for path, lines in ((rows_file, rows), (per_query_file, [line for result in results for line in result.per_query])):
-        if path is not None:
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if unwritten is not None:
+        raise unwritten
     if output is not None:
         worst = results[-1].worst
         write_report(output, rows, worst=worst, commands=commands, warnings=warnings, title=REPORT_TITLE)
         if not as_json:
             click.echo(f"\nReport: {output}")
+
+
+def _append(path: Path | None, lines: "Sequence[Row]") -> None:
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def require_comparable(program: "Program", references: "Sequence[Reference]", data: "Dataset") -> None:

@@ -229,6 +229,20 @@ def with_examples(program: Program, size: int) -> Program:
     return with_pool(program, program.pool.data.subset(size, seed=program.settings.seed))
 
 
+def texts_learned_from(references: Sequence[Reference], data: Dataset) -> list[str]:
+    """A warning for each reference that was fine-tuned on some of the texts it is now asked about."""
+    found = []
+    for reference in references:
+        if seen := reference.learned_from(data.texts):
+            stand, their = ("stands", "its answer") if seen == 1 else ("stand", "their answers")
+            found.append(
+                f"{seen:,} of the {counted(len(data), 'test text')} {stand} among the rows that the reference "
+                f"{reference.folder} was fine-tuned on, so that it may know {their} by heart; fine-tune it again "
+                "without these: icl finetune --test"
+            )
+    return found
+
+
 def without_test_rows(program: Program, data: Dataset) -> tuple[Program, list[str]]:
     """The program without the rows of its pool that stand in `data` too, and a warning that counts them."""
     program, dropped = without_rows(program, data.texts)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from evaluation.evaluate import texts_learned_from
 from evaluation.formatting import counted, joined
 from evaluation.reference.loop import LoopSettings
 from evaluation.reference.method import make_method
@@ -347,6 +348,8 @@ class _Planner:
         known = load_reference(folder)
         if set(known.labels) != set(self._labels):
             raise SpecError(f"the reference {folder} has other labels than {self._data.name}")
+        for said in texts_learned_from([known], self._data.queries):
+            self._warn(f"{self._data.name}: {said}")
         facts = {"folder": (folder / "manifest.json").read_text(encoding="utf-8"), "dtype": self._spec.dtype}
         key = _hash({**facts, "queries": self._data.queries.content_hash})
         return ReferenceJob(key, self._data.name, spec, known.seed, known.examples, 0, False, folder.name)

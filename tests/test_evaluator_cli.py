@@ -151,6 +151,15 @@ def test_evaluate_writes_rows_and_a_report(program: Path, reference: Path, here:
     assert len((here / "rows.jsonl").read_text().splitlines()) == 4
 
 
+def test_a_test_on_what_the_reference_learned_is_said(program: Path, reference: Path, here: Path) -> None:
+    (here / "seen.csv").write_text("text,label\nWhere is  my parcel 0,track\nis my card lost,card\nmoney,refund\n")
+    asked = ["evaluate", program, "--reference", reference, "--no-baselines", "--json"]
+    said = json.loads(icl(*asked, "--data", "seen.csv").stdout)["warnings"]
+    assert any(f"1 of the 3 test texts stands among the rows that the reference {reference}" in each for each in said)
+    assert json.loads(icl(*asked, "--data", "test.csv").stdout)["warnings"] == []
+    assert load_reference(reference).learned_from(["my card was stolen 3", "no such text"]) == 1
+
+
 def test_evaluate_asks_until_it_is_decided(program: Path, reference: Path, here: Path) -> None:
     lines = [
         f"{text} {i},{label}" for i in range(20) for text, label in (("where is it", "track"), ("my card", "card"))
@@ -244,3 +253,22 @@ def test_the_results_are_printed_although_they_cannot_be_written(
     assert result.exit_code == 1
     assert result.stdout.startswith("series ")
     assert result.stderr.endswith("Error: r.html: No space left on device\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full")
+def test_the_results_are_printed_although_no_row_can_be_kept(program: Path, reference: Path) -> None:
+    asked = ["evaluate", program, "--reference", reference, "--data", "test.csv", "--no-baselines"]
+    result = icl(*asked, "--rows", "/dev/full")
+    assert (result.exit_code, "No space left on device" in result.stderr) == (1, True)
+    assert result.stdout.startswith("series ")
+
+
+def test_rows_are_kept_although_nobody_reads_the_results(
+    program: Path, reference: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("evaluation.cli.click.echo", closed)
+    icl("evaluate", program, "--reference", reference, "--data", "test.csv", "--no-baselines", "--rows", "rows.jsonl")
+    assert len((here / "rows.jsonl").read_text().splitlines()) == 1

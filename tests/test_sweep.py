@@ -120,6 +120,15 @@ def test_rows_are_those_of_the_evaluator(whole: Any) -> None:
     assert np.mean(cell["gaps"]) == pytest.approx(cell["gap"], abs=1e-5)
 
 
+def test_a_reference_that_learned_the_queries_is_said(whole: Any, tiny: str, words: Path) -> None:
+    [reference, _] = sorted((whole[1] / "references").iterdir())
+    seen = (words / "train.jsonl").read_text().splitlines()[:6]
+    (words / "test.jsonl").write_text("\n".join(seen) + "\n")
+    spec = specified(tiny, words, references={"folder": str(reference)}, baselines=[], queries=6)
+    warnings = plan(spec, {dataset.name: load(spec, dataset) for dataset in spec.datasets}).warnings
+    assert any("words: 6 of the 6 test texts stand among the rows that the reference" in each for each in warnings)
+
+
 def test_every_cell_is_there_once_and_baselines_are_shared(whole: Any) -> None:
     _, folder, rows = whole
     counts = Counter(row["series"] for row in rows)

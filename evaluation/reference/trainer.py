@@ -2,16 +2,20 @@
 
 manifest.json    method, base model, data, seed, settings, curve, hashes
 template.jinja   the template the model was trained with
+texts.npy        a number for each text that it learned from, to say so if a test asks for one
 ...              what the method learned: of full fine-tuning an ordinary checkpoint, of the others what differs from it
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import UInt64
 
 from evaluation.reference.checkpoint import Checkpoint
 from evaluation.reference.loop import Check, LoopSettings, Report
@@ -20,12 +24,13 @@ from evaluation.reference.objective import TrainingExample, count_tokens
 from evaluation.reference.rsr.rsr import RSR
 from icl_compiler.artifact import new_folder, read_manifest, require_replaceable, write_manifest
 from icl_compiler.compile import DEFAULT_TEMPLATES, load_tokenizer
-from icl_compiler.data import Dataset
+from icl_compiler.data import Dataset, normalise_text
 from icl_compiler.errors import ArtifactError, ContextLengthError, LabelError, TrainingError
 from icl_compiler.models import locate
 from icl_compiler.predictor import Predictor, PromptedPredictor
 from icl_compiler.templates import EncodedTemplate, Template
 
+_TEXTS = "texts.npy"
 HELD_OUT = 0.1
 """Share of the rows that is held out where nothing else is said."""
 
@@ -82,6 +87,14 @@ class Reference:
             raise LabelError(f"the reference {str(self.folder)!r} answers with labels, it does not generate text")
         writer: PromptedPredictor = self._how.predictor(self, dtype)
         return writer
+
+    def learned_from(self, texts: Sequence[str]) -> int | None:
+        """How many of `texts` stand among the rows it was trained on or stopped on, compared by `normalise_text`.
+
+        `None` for a reference of a version before 0.7, which does not know.
+        """
+        file = self.folder / _TEXTS
+        return int(np.isin(_text_keys(texts), np.load(file, allow_pickle=False)).sum()) if file.exists() else None
 
     def network(self) -> Any:
         """The fine-tuned model, a `transformers.PreTrainedModel` in float32 on the processor."""
@@ -167,6 +180,7 @@ def finetune(
         fitted.save(draft)
         _save_tokenizer(locate(model), draft)
         (draft / "template.jinja").write_text(text_template.source, encoding="utf-8")
+        np.save(draft / _TEXTS, np.unique(_text_keys(data.texts)))
         write_manifest(
             draft,
             {
@@ -227,6 +241,12 @@ def training_examples(encoded: EncodedTemplate, data: Dataset) -> list[TrainingE
     """Each row of `data` as a prompt without shots, and its answer."""
     pairs = zip(encoded.queries(data.texts), encoded.answers(data.answers), strict=True)
     return [TrainingExample([*encoded.head, *query], answer) for query, answer in pairs]
+
+
+def _text_keys(texts: Sequence[str]) -> UInt64[np.ndarray, " texts"]:
+    """A number of 64 bits for each text, the same for texts that differ in blanks and capitals only."""
+    digests = (hashlib.sha256(normalise_text(text).encode("utf-8", "surrogatepass")).digest() for text in texts)
+    return np.array([int.from_bytes(digest[:8], "big") for digest in digests], dtype=np.uint64)
 
 
 def _require_fit(examples: Sequence[TrainingExample], context: int, model: str) -> None:
