@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -148,7 +148,7 @@ def evaluate(
     series = BASELINES if baselines else ()
     with _bars() as progress:
         if writes:
-            results = measure_texts(
+            measured = measure_texts(
                 loaded,
                 open_engine,
                 described,
@@ -165,7 +165,7 @@ def evaluate(
             )
         elif epsilon is None:
             answers = ask_references(described, dataset, dtype=dtype, progress=progress)
-            results = measure_sizes(
+            measured = measure_sizes(
                 loaded,
                 open_engine(),
                 answers,
@@ -177,7 +177,7 @@ def evaluate(
                 progress=progress,
             )
         else:
-            results = measure_until_decided(
+            measured = measure_until_decided(
                 loaded,
                 open_engine(),
                 described,
@@ -190,13 +190,14 @@ def evaluate(
                 dtype=dtype,
                 progress=progress,
             )
+        results, unwritten = kept(measured, rows, per_query)
     warnings += [warning for result in results for warning in result.warnings]
     if len(references) == 1 and baselines:
         warnings.append("the floor was not measured: give a second --reference, trained with another --seed")
     command = click.get_current_context().command_path
     arguments = _arguments(program, references, data, queries, epsilon, examples, seed)
     arguments += f" --max-new-tokens {max_new_tokens} --samples {samples}" if writes else ""
-    finish(results, output, rows, warnings, [f"{command} {arguments}"], as_json=as_json, per_query_file=per_query)
+    finish(results, output, warnings, [f"{command} {arguments}"], as_json=as_json, unwritten=unwritten)
 
 
 @click.command()
@@ -254,7 +255,7 @@ def demo(output: Path, queries: int, n_train: int, seed: int, as_json: bool) -> 
         answers = ask_references(references, asked, progress=progress)
         engine = open_backend("transformers", program.settings.model)
         sizes = [n for n in (32, 128) if n < len(pool)] + [len(pool)]
-        results = measure_sizes(
+        measured = measure_sizes(
             program,
             engine,
             answers,
@@ -265,11 +266,12 @@ def demo(output: Path, queries: int, n_train: int, seed: int, as_json: bool) -> 
             series=BASELINES,
             progress=progress,
         )
-    rows = output / "rows.jsonl"
-    rows.unlink(missing_ok=True)
+        rows = output / "rows.jsonl"
+        rows.unlink(missing_ok=True)
+        results, unwritten = kept(measured, rows)
     warnings = [warning for result in results for warning in result.warnings]
     command = f"icl demo --queries {queries} --train {n_train} --seed {seed}"
-    finish(results, output / "report.html", rows, warnings, [command], as_json=as_json)
+    finish(results, output / "report.html", warnings, [command], as_json=as_json, unwritten=unwritten)
     say(f"\nDone in {(time.perf_counter() - started) / 60:.1f} minutes. Open {output}/report.html in a browser.")
 
 
@@ -284,57 +286,58 @@ def measure_sizes(
     level: float,
     series: Sequence[str],
     progress: "ProgressFor",
-) -> "list[Evaluation]":
+) -> "Iterator[Evaluation]":
     """Evaluate the program with pools of several sizes; all baselines with the largest, the vote with every one."""
     from evaluation.evaluate import evaluate as evaluate_program
     from evaluation.evaluate import with_examples
     from evaluation.float32 import float32_opener
 
-    results = []
     for size in sizes:
         largest = size == max(sizes)
-        results.append(
-            evaluate_program(
-                with_examples(program, size),
-                engine,
-                answers,
-                data,
-                dataset_name=dataset_name,
-                level=level,
-                series=series if largest else [name for name in series if name == "neighbours' vote"],
-                float32_backend=float32_opener(engine, program.settings.model),
-                progress=progress,
-            )
+        yield evaluate_program(
+            with_examples(program, size),
+            engine,
+            answers,
+            data,
+            dataset_name=dataset_name,
+            level=level,
+            series=series if largest else [name for name in series if name == "neighbours' vote"],
+            float32_backend=float32_opener(engine, program.settings.model),
+            progress=progress,
         )
-    return results
+
+
+def kept(
+    measured: "Iterable[Evaluation]", rows_file: Path | None, per_query_file: Path | None = None
+) -> "tuple[list[Evaluation], OSError | None]":
+    """All that is measured, each appended to the files as soon as it is known; and why that failed, if it did."""
+    results: list[Evaluation] = []
+    unwritten = None
+    for found in measured:
+        results.append(found)
+        try:
+            _append(rows_file, found.rows)
+            _append(per_query_file, found.per_query)
+        except OSError as error:
+            unwritten = error
+    return results, unwritten
 
 
 def finish(
     results: "Sequence[Evaluation]",
     output: Path | None,
-    rows_file: Path | None,
     warnings: Sequence[str],
     commands: Sequence[str],
     *,
     as_json: bool = False,
-    per_query_file: Path | None = None,
+    unwritten: OSError | None = None,
 ) -> None:
-    """Append the rows, print the results, write the report.
-
-    Rows come first, so that nothing that fails later takes them along, be it a closed pipe; if they cannot be written,
-    the results are printed all the same before that is said.
-    """
+    """Print the results, then write the report; if rows could not be written, that is said once they are printed."""
     from evaluation.report import write_report
     from evaluation.sentences import verdict_sentence
     from evaluation.summary import summary_lines
 
     rows = [row for result in results for row in result.rows]
-    unwritten: OSError | None = None
-    try:
-        _append(rows_file, rows)
-        _append(per_query_file, [line for result in results for line in result.per_query])
-    except OSError as error:
-        unwritten = error
     for warning in warnings:
         say(f"Warning: {warning}")
     if as_json:

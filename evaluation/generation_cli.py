@@ -1,6 +1,6 @@
 """What `icl evaluate` does with a program that generates texts."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache
 
 from evaluation.asking import write_until_decided
@@ -28,7 +28,7 @@ def measure_texts(
     dtype: str,
     seed: int,
     progress: ProgressFor,
-) -> list[Evaluation]:
+) -> Iterator[Evaluation]:
     """Evaluate the program with pools of several sizes; all baselines with the largest, the vote with every one.
 
     With `epsilon`, each size is asked about the first rows of `data`, which are in random order, until it is decided.
@@ -44,7 +44,6 @@ def measure_texts(
         assert writer is not None
         return write(writer, texts, lengths, seed=seed)
 
-    results = []
     for size in sizes:
         largest = size == max(sizes)
         cut, warnings = without_test_rows(with_examples(program, size), data)
@@ -79,5 +78,4 @@ def measure_texts(
             asked=asked,
             progress=progress,
         )
-        results.append(found._replace(warnings=[*warnings, *found.warnings]))
-    return results
+        yield found._replace(warnings=[*warnings, *found.warnings])

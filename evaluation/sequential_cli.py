@@ -1,6 +1,6 @@
 """What `icl evaluate --epsilon` does: ask in turn until decided, then measure the baselines on what was asked."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from evaluation.asking import Remembering, ask_until_decided
 from evaluation.evaluate import (
@@ -32,7 +32,7 @@ def measure_until_decided(
     series: Collection[str],
     dtype: str,
     progress: ProgressFor,
-) -> list[Evaluation]:
+) -> Iterator[Evaluation]:
     """Evaluate the program with pools of several sizes, each on the first rows of `data`, which are in random order.
 
     Each size asks as many as it takes to decide about it. All baselines with the largest, the vote with every one.
@@ -42,7 +42,6 @@ def measure_until_decided(
     """
     require_comparable_references(references)
     first = Remembering(references[0].predictor(dtype=dtype))
-    results = []
     for size in sizes:
         largest = size == max(sizes)
         cut, warnings = without_test_rows(with_examples(program, size), data)
@@ -68,5 +67,4 @@ def measure_until_decided(
             float32_backend=float32_opener(engine, program.settings.model),
             progress=progress,
         )
-        results.append(found._replace(warnings=[*warnings, *found.warnings]))
-    return results
+        yield found._replace(warnings=[*warnings, *found.warnings])

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from tiny_model import save_byte_model
 from evaluation.reference.trainer import load_reference
 from icl_compiler.backends.hf_transformers import TransformersBackend
 from icl_compiler.compile import zero_shot_program
+from icl_compiler.errors import BackendError
 from icl_compiler.predictor import PromptedPredictor
+from icl_compiler.program import Program
 
 
 @pytest.fixture(autouse=True)
@@ -272,3 +275,21 @@ def test_rows_are_kept_although_nobody_reads_the_results(
     monkeypatch.setattr("evaluation.cli.click.echo", closed)
     icl("evaluate", program, "--reference", reference, "--data", "test.csv", "--no-baselines", "--rows", "rows.jsonl")
     assert len((here / "rows.jsonl").read_text().splitlines()) == 1
+
+
+def test_rows_of_what_was_measured_are_kept_although_the_rest_fails(
+    program: Path, reference: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evaluation.evaluate import evaluate
+
+    def fails_with_all(program: Program, *arguments: Any, **named: Any) -> Any:
+        if len(program.pool.data) == 18:
+            raise BackendError("the server is gone")
+        return evaluate(program, *arguments, **named)
+
+    monkeypatch.setattr("evaluation.evaluate.evaluate", fails_with_all)
+    asked = ["evaluate", program, "--reference", reference, "--data", "test.csv", "--examples", 6]
+    result = icl(*asked, "--rows", "rows.jsonl", "--per-query", "gaps.jsonl")
+    assert (result.exit_code, result.stderr) == (1, "Error: the server is gone\n")
+    for file in ("rows.jsonl", "gaps.jsonl"):
+        assert [json.loads(line)["n_examples"] for line in (here / file).read_text().splitlines()] == [6, 6]
