@@ -18,10 +18,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import stdtrit
+from scipy.special import chdtrc, stdtrit
 
 from evaluation.curve_fitting import Form, fitted_parameters, sizes_within, slopes_of, values_of
 from evaluation.curve_points import Points, check_part, normal_quantile, resampled_means
+from evaluation.formatting import counted
 from evaluation.intervals import Interval
 from icl_compiler.errors import EvaluationError
 
@@ -38,6 +39,8 @@ EXPONENTS = (0.05, 5.0)
 DOUBTFUL, BASELESS = 2, 4
 # A floor whose interval is wider than this part of the smallest gap is not identified.
 WIDE_FLOOR = 0.5
+# A curve whose distance from the points would be as large by chance more seldom than this does not fit.
+MISFIT = 0.01
 # More examples than this are no answer.
 MOST_EXAMPLES = 1e15
 
@@ -163,6 +166,29 @@ class FittedCurve:
         least = max(float(self.points.gaps[place]), 2 * float(self.points.errors[place]))
         low, high = self.interval("floor")
         return len(self.points.sizes) < 4 or high - low > WIDE_FLOOR * least
+
+    @property
+    def misfit(self) -> str | None:
+        """Where the curve misses the points by most, if by more than their errors allow; `None` where it fits.
+
+        By the chi-square test at 0.01, with a degree of freedom for each size beyond the parameters that are not at a
+        bound. Points that share their queries differ less from each other than their errors say, so that a curve that
+        fits is called so more often than in 99 % of cases. Then no interval of the curve means anything.
+
+        >>> points = Points(np.array([16, 128, 1024, 9992]), np.array([0.91, 0.84, 0.46, 0.35]), np.full(4, 0.03))
+        >>> fitted_curve(points, rng=np.random.default_rng(0), resamples=10).misfit
+        'with 128 examples it says 0.71, and 0.84 was measured'
+        """
+        curve, points = self.fit.curve, self.points
+        low, high = _exponents(points)
+        bound = (curve.floor <= 0) + (curve.exponent <= low) + (curve.exponent >= high)
+        spare = len(points.sizes) - (3 if curve.form == "power" else 4) + bound
+        if spare < 1 or chdtrc(spare, self.fit.chi2) >= MISFIT:
+            return None
+        said = curve.at(points.sizes.astype(np.float64))
+        worst = int(np.abs((said - points.gaps) / points.errors).argmax())
+        n = int(points.sizes[worst])
+        return f"with {counted(n, 'example')} it says {said[worst]:.2f}, and {points.gaps[worst]:.2f} was measured"
 
     def interval(self, parameter: Parameter) -> Range:
         """The interval of one of the parameters of the curve; of the knee only where the form has one.

@@ -309,8 +309,10 @@ def _beside(head: Measurement, rows: Sequence[Measurement], series: str) -> Meas
 
 
 def _about_curve(curve: FittedCurve, epsilon: float) -> list[str]:
-    until, floor = curve.examples_until(epsilon), curve.interval("floor")
     form = f"The fitted curve ({curve.fit.curve.form}; approximate)"
+    if curve.misfit:
+        return [f"{form} does not fit: {curve.misfit}. So it tells nothing about other numbers of examples."]
+    until, floor = curve.examples_until(epsilon), curve.interval("floor")
     levels_off = f"{curve.fit.curve.floor:.3f} {brackets(*floor, digits=3)}"
     if until.n is None:
         reached = "" if until.low is None else f"; its interval begins at {counted(until.low, 'example')}"

@@ -107,6 +107,7 @@ def _for_machines(decision: "Decision", epsilon: float) -> dict[str, object]:
     if (curve := decision.curve) is not None:
         found["curve"] = {
             **asdict(curve.fit.curve),
+            "misfit": curve.misfit,
             "floor_interval": curve.interval("floor"),
             "floor_is_unidentified": curve.floor_is_unidentified,
             "examples_until_epsilon": curve.examples_until(epsilon)._asdict(),

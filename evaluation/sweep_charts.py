@@ -83,6 +83,11 @@ def crossing_of(group: Group, raw: Mapping[int, Row]) -> str | None:
             return None
         points = Points.from_seeds(sizes, wrong)
         fits.append(fitted_curve(points, rng=np.random.default_rng(0), level=line[0].level or 0.95))
+    if misfits := [fit.misfit for fit in fits if fit.misfit]:
+        return (
+            "From where on fine-tuning on the same examples is better is open: a curve fitted to the error does not "
+            f"fit, {misfits[0]}."
+        )
     found = crossover(*fits)
     if found.n is None:
         better = "the prompt" if found.first_is_lower else "fine-tuning"
@@ -171,7 +176,7 @@ def _against_bounds(
         pooled = f", of {seeds} seeds," if seeds > 1 else ""
         words = (
             f" The line is a {form} curve{pooled} with its {100 * curve.level:g} % bootstrap band (approximate); "
-            f"dotted, it is a guess.{words}"
+            f"dotted, it is a guess.{f' It does not fit: {curve.misfit}.' if curve.misfit else ''}{words}"
         )
     measured = [row for each in lines for row in each]
     traces.append(

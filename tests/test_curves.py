@@ -1,6 +1,7 @@
 """Curves against their own parameters, scipy, numpy, closed forms, and simulated queries."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -520,3 +521,23 @@ def test_seeds_are_a_level_of_the_bootstrap():
     one = Points.from_seeds(points.sizes, gaps[:1])
     np.testing.assert_array_equal(one.errors, Points.from_queries(points.sizes, gaps[0]).errors)
     assert one.per_seed is None
+
+
+def test_a_curve_that_fits_is_seldom_called_a_misfit() -> None:
+    rng = np.random.default_rng(0)
+    sizes = np.array([16, 64, 256, 1024])
+    gaps = 0.05 + 1.2 / np.sqrt(sizes)
+    found = [
+        fitted_curve(Points(sizes, rng.normal(gaps, 0.02).clip(0, 1), np.full(4, 0.02)), rng=rng, resamples=5).misfit
+        for _ in range(200)
+    ]
+    assert np.mean([each is not None for each in found]) <= 0.03
+
+
+def test_a_misfit_is_named_where_it_is_worst() -> None:
+    points = Points(np.array([16, 128, 1024, 9992]), np.array([0.9, 0.9, 0.2, 0.2]), np.full(4, 0.02))
+    said = fitted_curve(points, rng=np.random.default_rng(0), resamples=5).misfit
+    assert said is not None
+    assert re.fullmatch(r"with 1,?\d+ examples it says 0\.\d\d, and 0\.[29]0 was measured", said)
+    wide = Points(points.sizes, points.gaps, np.full(4, 0.5))
+    assert fitted_curve(wide, rng=np.random.default_rng(0), resamples=5).misfit is None

@@ -289,3 +289,12 @@ def test_gaps_that_are_none_are_refused(icl):
     said = icl([row() | {"gaps": [0.1, "much"]}])
     assert said.exit_code == 1
     assert "rows.jsonl, row 1: gaps should be a number or null, is 'much'" in " ".join(said.stderr.split())
+
+
+def test_a_curve_that_does_not_fit_promises_nothing(decided, icl):
+    rows = line({16: 0.91, 128: 0.84, 1024: 0.46, 9992: 0.35}, margin=0.03)
+    (found,) = decided(rows)
+    said = " ".join(found["sentences"])
+    assert found["curve"]["misfit"] in said
+    assert "does not fit: with 128 examples it says 0.7" in said
+    assert "gets to 0.1" not in said
