@@ -14,8 +14,8 @@
 - workers: RSR by one and by two processes, on 1,111 rows of banking77; alone on the machine, with all its threads.
 
 Rows are appended to `benchmarks/rows/references.jsonl`; what stands there is not measured again, so that the command
-can be stopped at any time. `--datasets`, `--methods`, `--variants` and `--seeds` take a part; `--part 0/2` and
-`--part 1/2`, with OMP_NUM_THREADS=1, share the work. At the end the tables of `docs/references.md` are printed.
+can be stopped at any time. `--datasets`, `--methods`, `--variants` and `--seeds` take a part, `--set frontier=10` measures
+RSR with other settings; `--part 0/2` and `--part 1/2`, with OMP_NUM_THREADS=1, share the work. At the end the tables of `docs/references.md` are printed.
 """
 
 import argparse
@@ -313,6 +313,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=RATES, default=list(RATES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="not of the search, which has its own")
     parser.add_argument("--rate", type=float, help="learning rate, in place of the one that the search found")
+    parser.add_argument("--set", nargs="+", default=[], help="settings of RSR in the stage main, NAME=VALUE: a variant")
     parser.add_argument("--variants", nargs="+", choices=[*ABLATIONS, *WORKERS], help="of ablation and workers")
     parser.add_argument("--part", default="0/1")
     asked = parser.parse_args()
@@ -322,6 +323,9 @@ def main() -> None:
         for number, cell in enumerate(cells([stage], asked.datasets, asked.rate)):
             if asked.variants and stage in ("ablation", "workers") and cell.variant not in asked.variants:
                 continue
+            if cell.stage == "main" and cell.method == "rsr" and asked.set:
+                told = tuple((name, value) for name, _, value in (each.partition("=") for each in asked.set))
+                cell = cell._replace(variant=" ".join(asked.set), settings=told)
             if cell.method not in asked.methods or (stage != "search" and cell.seed not in asked.seeds):
                 continue
             if number % parts != part or json.loads(json.dumps(cell.key)) in [row["key"] for row in rows_of(ROWS)]:
