@@ -14,8 +14,9 @@
 - workers: RSR by one and by two processes, on 1,111 rows of banking77; alone on the machine, with all its threads.
 
 Rows are appended to `benchmarks/rows/references.jsonl`; what stands there is not measured again, so that the command
-can be stopped at any time. `--datasets`, `--methods`, `--variants` and `--seeds` take a part, `--set frontier=10` measures
-RSR with other settings; `--part 0/2` and `--part 1/2`, with OMP_NUM_THREADS=1, share the work. At the end the tables of `docs/references.md` are printed.
+can be stopped at any time. `--datasets`, `--methods`, `--variants` and `--seeds` take a part, `--set frontier=10`
+measures RSR with other settings; `--part 0/2` and `--part 1/2`, with OMP_NUM_THREADS=1, share the work. At the end the
+tables of `docs/references.md` are printed.
 """
 
 import argparse
