@@ -16,8 +16,8 @@ all systems. `SYSTEMS` is the table of what is compared; whoever adds one writes
   and `tokens` are of a query.
 - `--references FOLDER` holds two references for each dataset, FOLDER/DATASET-0 and -1, as `icl finetune` writes them;
   those that are missing are trained: `--method rsr` with its defaults, on `--reference-examples` rows, two seeds. The
-  search and the calibration then approximate the first one; `tv` is the mean TV to it, `floor` that between the two,
-  and the second one is a system too.
+  search and the calibration then approximate the first one, on rows that it was not trained on; `tv` is the mean TV
+  to it, `floor` that between the two, and the second one is a system too.
 - Differences are those of -O2 less a system, query by query, with 95 % intervals, each by itself: of accuracy and TV by
   betting, of log-loss, which has no small range, Student's, which is approximate.
 
@@ -52,6 +52,7 @@ from icl_compiler.backends.backend import Backend, Progress
 from icl_compiler.calibration.calibrating import calibrate
 from icl_compiler.calibration.held_out import LEAST_PROBABILITY
 from icl_compiler.compile import compile_program
+from icl_compiler.compile_cli import ENOUGH_OTHERS
 from icl_compiler.data import Dataset, load_dataset
 from icl_compiler.optimise.levels import DEFAULT_RETRIEVERS, QUERIES, optimise
 from icl_compiler.predictor import Predictions, Predictor, PromptedPredictor, open_backend
@@ -78,6 +79,7 @@ class Task(NamedTuple):
     backend: Backend
     references: Sequence[Predictor] = ()  # two, or none
     shots: int = 16
+    among: Sequence[int] | None = None  # rows of the pool that the first reference was not trained on
 
     @property
     def reference(self) -> Predictor | None:
@@ -109,11 +111,13 @@ def at_level(level: Literal[0, 1, 2, 3], calibrated: bool) -> Callable[[Task], A
             higher = "" if level == 2 else f"-O{level}"
             log = WORK / f"{task.name}-{task.budget}-{task.search_queries}-{task.seed}{higher}.jsonl"
             program, trace = optimise(
-                program, task.backend, level=level, queries=queries, reference=task.reference, log=log
+                program, task.backend, level=level, queries=queries, reference=task.reference, among=task.among, log=log
             )
             calls = trace[0]["prompts_asked"]
         elif calibrated:
-            program, choice = calibrate(program, task.backend, reference=task.reference, seed=task.seed)
+            program, choice = calibrate(
+                program, task.backend, reference=task.reference, among=task.among, seed=task.seed
+            )
             calls = choice.queries
         seconds = time.perf_counter() - started
         return Answer(
@@ -247,6 +251,13 @@ def references(folder: Path, name: str, train: Dataset, examples: int) -> tuple[
     return found, told
 
 
+def _others(reference: Path, pool: Dataset) -> list[int] | None:
+    """Rows of the pool that the reference was not trained on, as `icl compile` asks it about; `None` if too few."""
+    trained = load_reference(reference).trained_on(pool.texts)
+    others = [] if trained is None else np.flatnonzero(~trained).tolist()
+    return others if len(others) >= ENOUGH_OTHERS else None
+
+
 def table() -> str:
     """What was measured, in Markdown, and how -O2 compares with the vote alone."""
     columns = ("dataset", "budget", "queries", "seed", "system", "accuracy", "log_loss", "tv", "floor", "label_mass",
@@ -328,9 +339,10 @@ def main() -> None:
         for seed in asked.seeds:
             drawn = np.sort(np.random.default_rng(seed).permutation(len(test))[: asked.queries]).tolist()
             pool = train.subset(min(asked.pool, len(train)), seed=seed)
+            among = _others(asked.references / f"{name}-0", pool) if tuned else None
             for budget in asked.budgets:
                 task = Task(
-                    name, pool, test.take(drawn), budget, asked.search_queries, seed, backend, tuned, asked.shots
+                    name, pool, test.take(drawn), budget, asked.search_queries, seed, backend, tuned, asked.shots, among
                 )
                 for system in asked.systems:
                     key = [

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from icl_compiler.program import Program
     from icl_compiler.selection import Order
 
+# Rows that a reference was not trained on; with fewer it is approximated on those it knows, too.
+ENOUGH_OTHERS = 50
+
 
 @click.command("compile")
 @click.argument("data")
@@ -288,9 +291,14 @@ def compile_command(
     if searches or calibration != "none":
         engine = open_backend(backend, model, dtype=dtype, server=server, in_flight=in_flight)
     trace: list[dict[str, Any]] = []
-    target = None
+    target, among = None, None
     if reference is not None:
-        target = resolve("reference", REFERENCES, "folder")(reference).predictor(dtype=dtype)
+        described = resolve("reference", REFERENCES, "folder")(reference)
+        target = described.predictor(dtype=dtype)
+        among, told = _not_trained_on(described, program)
+        for warning in told:
+            say(f"Warning: {warning}")
+        warnings += told
     later = calibration in WITH_OWN_PROMPTS or not searches  # else the search calibrates with what it asked
     if engine is not None and searches:
         named = {"retriever": retriever, "shots": shots, "order": order, "per_label": per_label, "template": template}
@@ -307,6 +315,7 @@ def compile_command(
                     time_limit_s=60 * (time_limit or math.inf),
                     calibrations=None if calibration == "auto" else ["none" if later else calibration],
                     reference=target,
+                    among=among,
                     metric=metric,
                     layouts=search_layouts,
                     log=log,
@@ -318,7 +327,7 @@ def compile_command(
             raise
     choice = None
     if engine is not None and later and calibration != "none":
-        program, choice = _calibrated(program, engine, calibration, calibrate_on, target)
+        program, choice = _calibrated(program, engine, calibration, calibrate_on, target, among)
     save_program(program, output, trace=trace)
     if trace:
         log.unlink(missing_ok=True)
@@ -373,19 +382,26 @@ def compile_command(
 
 
 def _calibrated(
-    program: "Program", engine: "Backend", name: str, queries: int, reference: "Predictor | None"
+    program: "Program",
+    engine: "Backend",
+    name: str,
+    queries: int,
+    reference: "Predictor | None",
+    among: list[int] | None,
 ) -> "tuple[Program, Choice]":
     """The program with the calibration `name`, or with what serves best on rows of its pool."""
     from icl_compiler.calibration.calibrating import calibrate
     from icl_compiler.compile import with_calibration
 
-    with progress_bar("calibrating", min(queries, len(program.pool.data)), "text") as advance:
+    rows = len(program.pool.data) if among is None else len(among)
+    with progress_bar("calibrating", min(queries, rows), "text") as advance:
         program, choice = calibrate(
             program,
             engine,
             queries=queries,
             candidates=None if name == "auto" else [name],
             reference=reference,
+            among=among,
             seed=program.settings.seed,
             progress=advance,
         )
@@ -450,6 +466,21 @@ def _with_feedback(dataset: "Dataset", given: str, output: Path) -> "tuple[Datas
     name, equals, file = given.rpartition("=")
     found = read_corrections(Path(file), name if equals else output.resolve().name)
     return amended(dataset, [(correction.text, correction.label) for correction in found]), len(found)
+
+
+def _not_trained_on(reference: Any, program: "Program") -> tuple[list[int] | None, list[str]]:
+    """Rows of the pool to ask the reference about: those it was not trained on, if they are enough; else a warning."""
+    trained = reference.trained_on(program.pool.data.texts)
+    if trained is None or not trained.any():
+        return None, []
+    others = [row for row, known in enumerate(trained.tolist()) if not known]
+    if len(others) >= ENOUGH_OTHERS:
+        return others, []
+    return None, [
+        f"the reference was trained on {counted(int(trained.sum()), 'row')} of the pool, and answers these more surely "
+        f"than others; it is approximated on them, too, as {counted(len(others), 'other row')} would be too few "
+        f"(of {ENOUGH_OTHERS}): fine-tune it on other rows, or with a larger --held-out"
+    ]
 
 
 def _never_fit(program: "Program") -> int:

@@ -1,6 +1,8 @@
 """Calibrated programs: made, kept, asked; on the echo backend, whose law of the labels is known."""
 
+import importlib
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -371,14 +373,18 @@ def test_a_calibration_may_be_asked_for_by_name(rows, tmp_path):
 
 
 FOREIGN = """
+import os
 import numpy as np
 from icl_compiler.backends.backend import Usage
 from icl_compiler.predictor import Predictions
+
+ASKED = []
 
 class Sure:
     labels = ("card", "parcel", "refund")
 
     def predict(self, texts, *, progress=None):
+        ASKED.extend(texts)
         laws = np.tile([0.0, 0.0, 1.0], (len(texts), 1))
         return Predictions(self.labels, laws, np.zeros(len(texts), dtype=np.int64), Usage(0, 0, 0), 0.0)
 
@@ -388,6 +394,9 @@ class Reference:
 
     def predictor(self, *, dtype):
         return Sure()
+
+    def trained_on(self, texts):
+        return np.arange(len(texts)) >= int(os.environ["OTHERS"])
 """
 
 
@@ -395,11 +404,31 @@ def test_compile_calibrates_towards_a_reference(rows, tmp_path, monkeypatch):
     (tmp_path / "sure_reference.py").write_text(FOREIGN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(registry.REFERENCES, "folder", "sure_reference:Reference")
+    monkeypatch.setenv("OTHERS", "1000")
     arguments = ("-o", tmp_path / "p", "--model", "echo", "--calibration", "auto", "--reference", "there", "--json")
     told = json.loads(command("compile", rows, *arguments).stdout)["calibration"]
     assert told["risk"] == "TV to the reference"
     law = said(load_program(tmp_path / "p"), ["a card", "my post"]).probabilities
     assert law.argmax(axis=1).tolist() == [2, 2]  # as the reference, and not as the labels, says
+
+
+@pytest.mark.parametrize(("level", "others", "alone"), [(1, 60, True), (1, 20, False), (2, 60, True)])
+def test_a_reference_is_approximated_on_rows_that_it_was_not_trained_on(level, others, alone, tmp_path, monkeypatch):
+    (tmp_path / "sure_reference.py").write_text(FOREIGN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "sure_reference", raising=False)
+    monkeypatch.setitem(registry.REFERENCES, "folder", "sure_reference:Reference")
+    monkeypatch.setenv("OTHERS", str(others))
+    lines = [f"{word} number {i},{word}" for i in range(40) for word in ("card", "parcel", "refund")]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *lines]))
+    arguments = ["-o", tmp_path / "p", "--model", "echo", "--retriever", "bm25", f"-O{level}", "--calibration", "auto"]
+    arguments += ["--search-queries", 60] if level == 2 else []
+    done = command("compile", tmp_path / "rows.csv", *arguments, "--reference", "there", "--json")
+    asked = {lines.index(f"{text},{text.split()[0]}") for text in importlib.import_module("sure_reference").ASKED}
+    assert asked
+    assert (max(asked) < others) == alone
+    told = "the reference was trained on 100 rows of the pool, and answers these more surely than others"
+    assert (told in " ".join(done.stderr.split())) != alone
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,9 @@ def test_missing_references_are_trained(data, monkeypatch, tmp_path):
         def predictor(self):
             return Says([0.5, 0.5])
 
+        def trained_on(self, texts):
+            return np.ones(len(texts), dtype=bool)
+
     def train(rows, path, *, model, method, settings):
         path.mkdir()
         made.append((path.name, len(rows), type(method).__name__, settings.seed, settings.learning_rate))

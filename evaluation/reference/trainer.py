@@ -2,7 +2,7 @@
 
 manifest.json    method, base model, data, seed, settings, curve, hashes
 template.jinja   the template the model was trained with
-texts.npy        a number for each text that it learned from, to say so if a test asks for one
+texts.npz        a number for each text that it was trained on or stopped on, to know them again
 ...              what the method learned: of full fine-tuning an ordinary checkpoint, of the others what differs from it
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt64
+from jaxtyping import Bool, UInt64
 
 from evaluation.reference.checkpoint import Checkpoint
 from evaluation.reference.loop import Check, LoopSettings, Report
@@ -30,7 +30,7 @@ from icl_compiler.models import locate
 from icl_compiler.predictor import Predictor, PromptedPredictor
 from icl_compiler.templates import EncodedTemplate, Template
 
-_TEXTS = "texts.npy"
+_TEXTS = "texts.npz"
 HELD_OUT = 0.1
 """Share of the rows that is held out where nothing else is said."""
 
@@ -93,8 +93,20 @@ class Reference:
 
         `None` for a reference of a version before 0.7, which does not know.
         """
+        known = self._texts()
+        return None if known is None else int(np.isin(_text_keys(texts), np.concatenate(known)).sum())
+
+    def trained_on(self, texts: Sequence[str]) -> Bool[np.ndarray, " texts"] | None:
+        """Which of `texts` it was trained on; those it only stopped on are not among them. `None` as above."""
+        known = self._texts()
+        return None if known is None else np.isin(_text_keys(texts), known[0])
+
+    def _texts(self) -> tuple[UInt64[np.ndarray, " trained"], UInt64[np.ndarray, " held_out"]] | None:
         file = self.folder / _TEXTS
-        return int(np.isin(_text_keys(texts), np.load(file, allow_pickle=False)).sum()) if file.exists() else None
+        if not file.exists():
+            return None
+        with np.load(file, allow_pickle=False) as kept:
+            return kept["trained"], kept["held_out"]
 
     def network(self) -> Any:
         """The fine-tuned model, a `transformers.PreTrainedModel` in float32 on the processor."""
@@ -180,7 +192,8 @@ def finetune(
         fitted.save(draft)
         _save_tokenizer(locate(model), draft)
         (draft / "template.jinja").write_text(text_template.source, encoding="utf-8")
-        np.save(draft / _TEXTS, np.unique(_text_keys(data.texts)))
+        with (draft / _TEXTS).open("wb") as file:
+            np.savez(file, trained=_text_keys(trained.texts), held_out=_text_keys(stopped_on.texts))
         write_manifest(
             draft,
             {

@@ -38,6 +38,7 @@ def calibrate(
     queries: int = QUERIES,
     candidates: Sequence[str] | None = None,
     reference: Predictor | None = None,
+    among: Sequence[int] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Program, Choice]:
@@ -46,13 +47,22 @@ def calibrate(
     Args:
         queries: how many rows of the pool are asked, drawn uniformly; all where there are fewer.
         reference: whose law is to be approximated; without one, the right labels are.
+        among: rows of the pool that may be asked about, all by default. A reference answers rows that it was trained on
+            more surely than others, and is to be approximated on others.
 
     Raises:
         LabelError: if the program generates text, or the reference has other labels.
         CalibrationError: if there are too few rows.
     """
     held_out = score_held_out(
-        program, backend, queries=queries, candidates=candidates, reference=reference, seed=seed, progress=progress
+        program,
+        backend,
+        queries=queries,
+        candidates=candidates,
+        reference=reference,
+        among=among,
+        seed=seed,
+        progress=progress,
     )
     choice = fit_and_choose(held_out, candidates)
     return with_calibration(program, choice.calibration), choice
@@ -65,6 +75,7 @@ def score_held_out(
     queries: int = QUERIES,
     candidates: Sequence[str] | None = None,
     reference: Predictor | None = None,
+    among: Sequence[int] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> HeldOut:
@@ -74,8 +85,8 @@ def score_held_out(
     require_same_labels(program, reference)
     names = tuple(CALIBRATIONS) if candidates is None else tuple(candidates)
     draw = np.random.default_rng(seed)
-    count = min(queries, len(program.pool.data))
-    rows = np.sort(draw.choice(len(program.pool.data), size=count, replace=False))
+    there = np.arange(len(program.pool.data)) if among is None else np.asarray(among)
+    rows = np.sort(draw.choice(there, size=min(queries, len(there)), replace=False))
     texts = [program.pool.data.texts[row] for row in rows.tolist()]
     asked = with_voters(program) if set(names) & set(WITH_VOTERS) else program
     sets = asked.prompt_sets(texts)

@@ -67,6 +67,7 @@ def optimise(
     time_limit_s: float = float("inf"),
     calibrations: Sequence[str] | None = None,
     reference: Predictor | None = None,
+    among: Sequence[int] | None = None,
     metric: Metric = "likelihood",
     layouts: bool = False,
     log: Path | None = None,
@@ -82,6 +83,7 @@ def optimise(
         calibrations: of which the best is taken, and with which variants are judged if it is one; by default all that
             need no further prompts.
         reference: whose law is to be approximated, in place of the right labels.
+        among: rows of the pool that may be asked about, all by default; see `calibrate`.
         metric: for targets; labels are judged by log-loss.
         layouts: whether the layout is searched too (`layout_choice`), for a quarter of `queries` at most.
         log: file that keeps what the model says, so that a search that was killed goes on; see `ScoreLog`.
@@ -98,6 +100,8 @@ def optimise(
     variants = Variants(base)
     space = _space(variants, fixed)
     rows = variants.askable([variants.own.template])
+    if among is not None:
+        rows = np.intersect1d(rows, among)
     if len(rows) < LEAST_ROWS:
         raise DataError(
             f"{len(rows)} rows of the pool can be asked within the budget, and a search holds out {LEAST_ROWS} at "
