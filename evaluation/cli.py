@@ -336,12 +336,14 @@ def finish(
     from evaluation.report import write_report
     from evaluation.sentences import verdict_sentence
     from evaluation.summary import summary_lines
+    from evaluation.tables import PER_QUERY
 
     rows = [row for result in results for row in result.rows]
     for warning in warnings:
         say(f"Warning: {warning}")
     if as_json:
-        print_json({"rows": rows, "verdict": verdict_sentence(rows), "warnings": list(warnings)})
+        printed = [{name: value for name, value in row.items() if name not in PER_QUERY} for row in rows]
+        print_json({"rows": printed, "verdict": verdict_sentence(rows), "warnings": list(warnings)})
     else:
         for line in [*summary_lines(rows), "", *verdict_sentence(rows)]:
             click.echo(line)
