@@ -246,7 +246,7 @@ def test_answer_is_what_the_server_said(page):
     assert texts(page.locator(".labels tfoot th, .labels tfoot .number")) == ["other not any label", "3.1 %"]
     bar = page.locator(".labels .bar").first
     assert bar.bounding_box()["width"] > 50
-    assert bar.evaluate("bar => getComputedStyle(bar).backgroundSize") == "62% auto"
+    assert bar.evaluate("bar => getComputedStyle(bar).backgroundSize").split()[0] == "62%"
     page.get_by_role("button", name="140 more").click()
     assert page.locator(".labels tbody tr:visible").count() == 150
     assert facts(page) == {

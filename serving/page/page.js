@@ -137,8 +137,8 @@ class Panel {
     this.root.setAttribute("aria-busy", "true");
     const answer = this.generates ? this.generate(text, signal) : this.classify(text, signal);
     await Promise.all([
-      this.part(answer, ".answer > .error", [".said", ".labels", ".more", ".correct"]),
-      this.part(this.explain(text, signal), ".why > .error", [".explained"]),
+      this.part(answer, signal, ".answer > .error", [".said", ".labels", ".more", ".correct"]),
+      this.part(this.explain(text, signal), signal, ".why > .error", [".explained"]),
     ]);
     for (const label of this.root.querySelectorAll(".shots .label")) {
       label.classList.toggle("same", label.textContent === this.said?.label);
@@ -146,11 +146,13 @@ class Panel {
   }
 
   /** Wait for one part; if it fails, say so in its place and hide what it would have replaced. */
-  async part(work, place, replaced) {
+  async part(work, signal, place, replaced) {
     try {
       await work;
       tell(find(place, this.root), null);
-    } catch (error) {
+    } catch (caught) {
+      // A stream that is cut off in the middle does not give the reason in all browsers.
+      const error = signal.aborted ? signal.reason : caught;
       if (error.name === "AbortError") return; // the next question is being asked
       for (const old of replaced) find(old, this.root).hidden = true;
       tell(find(place, this.root), error.message);
