@@ -118,7 +118,7 @@ def decide(
             seeds = pool.lines if pool else ()
             decision = _decision(name, line, beside, len(rivals), epsilon, labels, prices, seeds)
             if pool and decision.verdict:
-                told = _seed_by_seed(pool, epsilon)
+                told = _seed_by_seed(pool)
                 decision = decision._replace(sentences=(*decision.sentences[:2], *told, *decision.sentences[2:]))
         except EvaluationError as error:
             decision = Decision(name, (f"No verdict: {error}.",))
@@ -144,11 +144,11 @@ def _programs(
     return found
 
 
-def _seed_by_seed(pool: Pooled, epsilon: float) -> list[str]:
+def _seed_by_seed(pool: Pooled) -> list[str]:
     """What each seed shows with the most examples, and what the mean says nothing about."""
     most = max(cast(int, row.n_examples) for row in pool.line)
     ends = sorted((row for line in pool.lines for row in line if row.n_examples == most), key=lambda row: row.seed or 0)
-    told = joined([f"{with_interval(row.gap, row.gap_low, row.gap_high, digits=3)}" for row in ends])
+    told = joined([with_interval(row.gap, row.gap_low, row.gap_high, digits=3) for row in ends])
     return [
         f"That is the mean gap over the seeds {joined([str(seed) for seed in pool.seeds])}, of the examples drawn and "
         f"of the reference; with {counted(most, 'example')} they have {told}. How far other seeds would differ is not "

@@ -151,13 +151,12 @@ def _against_floor(head: Measurement, floor: Measurement | None) -> str:
             "pass a second --reference, trained with another seed."
         )
     order = _order(head, floor)
-    chance = f"the difference, {order.by}, may be chance" if order.by else "the intervals overlap"
     return {
         "above": f"The gap is above the floor, by {order.by}."
         if order.by
         else "The gap is above the floor: its whole interval lies above the floor's.",
         "below": "The gap is below the floor: the prompt is closer to the reference than a second fine-tuning is.",
-        "overlap": f"The gap is not above the floor as far as {_queries(head, floor)} can tell: {chance}. "
+        "overlap": f"The gap is not above the floor as far as {_queries(head, floor)} can tell: {order.chance}. "
         "That does not show that the two are equal.",
         "unknown": "Whether the gap is above the floor is open: an interval is not measured.",
     }[order.word]
@@ -224,8 +223,7 @@ def _closer(head: Measurement, other: Measurement) -> str:
         measured = f"{_capital(near)} and {far} have the same measured gap ({_text(nearer)})"
     if order.word == "unknown":
         return f"{measured}; an interval is not measured, so which is closer is open."
-    chance = f"the difference, {order.by}, may be chance" if order.by else "the intervals overlap"
-    return f"{measured}, but {chance}: {_queries(head, other)} cannot tell which is closer."
+    return f"{measured}, but {order.chance}: {_queries(head, other)} cannot tell which is closer."
 
 
 def _accuracy(head: Measurement) -> str:
@@ -262,11 +260,10 @@ def _trend(group: Group, head: Measurement) -> str:
     )
     order = _order(first, head)
     by = f", by {order.by}" if order.by else ""
-    chance = f"the difference, {order.by}, may be chance" if order.by else "the intervals overlap"
     return {
         "above": f"The gap falls from {change}{by}.",
         "below": f"The gap grows from {change}{by}: more examples take the prompt further from the reference.",
-        "overlap": f"The measured gap goes from {change}; {chance}, so no change is shown.",
+        "overlap": f"The measured gap goes from {change}; {order.chance}, so no change is shown.",
         "unknown": f"The measured gap goes from {change}; an interval is not measured.",
     }[order.word]
 
@@ -340,6 +337,11 @@ class _Order(NamedTuple):
 
     word: Literal["above", "below", "overlap", "unknown"]
     by: str = ""
+
+    @property
+    def chance(self) -> str:
+        """Why nothing is claimed where the word is "overlap"."""
+        return f"the difference, {self.by}, may be chance" if self.by else "the intervals overlap"
 
 
 def _order(a: Measurement, b: Measurement) -> _Order:
