@@ -216,7 +216,7 @@ def sweep(
     spec = _spec(dataset, data, _changes(references, method, settings, epochs, no_baselines, given))
     loaded = {each.name: load(spec, each) for each in spec.datasets}
     planned = plan(spec, loaded)
-    for warning in planned.warnings:
+    for warning in [*planned.warnings, *_of_other_versions(output, planned)]:
         say(f"Warning: {warning}")
     if dry_run:
         _tell(spec, loaded, planned, output, as_json=as_json)
@@ -266,6 +266,24 @@ def _changes(
     if no_baselines:
         changes["baselines"] = []
     return changes
+
+
+def _of_other_versions(output: Path, planned: "Plan") -> list[str]:
+    """What there is to say of rows that another version of this package has measured: it does not go on with them."""
+    from importlib.metadata import version
+
+    from evaluation.formatting import counted, joined
+    from evaluation.row_file import read_rows
+
+    own, rows = version("icl-compiler"), read_rows(output / "rows.jsonl")
+    other = [row for row in rows if row.get("version", own) != own]
+    if not other or planned.keys <= {row["key"] for row in rows}:
+        return []
+    versions = joined(sorted({str(row["version"]) for row in other}))
+    return [
+        f"{counted(len(other), 'row')} in {output / 'rows.jsonl'} were measured by version {versions}, and this is "
+        f"{own}: they stay, and every cell is measured anew; go on with {versions}, or begin another folder (-o)"
+    ]
 
 
 @contextmanager

@@ -286,6 +286,17 @@ def test_killed_and_started_again_it_loses_and_doubles_nothing(whole: Any, tiny:
     assert spec.model == tiny
 
 
+def test_rows_of_another_version_are_said_to_stay(tiny: str, words: Path, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(json.dumps(settings(tiny, words)), encoding="utf-8")
+    rows = tmp_path / "out" / "rows.jsonl"
+    rows.parent.mkdir()
+    rows.write_text(json.dumps({"key": "old", "version": "0.1.2"}) + "\n", encoding="utf-8")
+    told = icl("sweep", sweep, "-o", rows.parent, "--dry-run").stderr
+    assert "Warning: 1 row in" in told and "by version 0.1.2, and this is " in told
+    assert "by version" not in icl("sweep", sweep, "-o", tmp_path / "new", "--dry-run").stderr
+
+
 def test_what_it_would_do_is_told_without_a_model(tiny: str, words: Path, tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(json.dumps(settings(tiny, words)))
     said = icl("sweep", tmp_path / "sweep.yaml", "-o", tmp_path / "out", "--dry-run", "--size", 4, "--json")
