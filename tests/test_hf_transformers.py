@@ -173,6 +173,32 @@ def test_generation_stops_at_the_terminator(tiny: Path) -> None:
     assert stopped.tokens == free.tokens[: len(stopped.tokens)]
 
 
+@pytest.mark.parametrize("most_samples", [2, 3, 64])
+@pytest.mark.parametrize("cache_tokens", [1, 120, 10_000])
+def test_answers_do_not_depend_on_what_is_written_beside_them(tiny: Path, most_samples: int, cache_tokens: int) -> None:
+    backend = TransformersBackend(str(tiny), "float32", tree_tokens=40)
+    backend._most_samples = most_samples
+    backend._cache_bytes = cache_tokens * backend._model.cache_bytes_per_token
+    prompts = related_prompts(11)
+    drawn = backend.generate(prompts, [7], max_new_tokens=30, samples=3, seed=5)
+    lengths = [len(item.tokens) for item in drawn.items]
+    assert min(lengths) < 10 and max(lengths) == 30  # some leave their batch early
+    for i, item in enumerate(drawn.items):
+        assert item.finished == (item.tokens[-1] == 7)
+        expected = brute_force(backend.network, prompts[i // 3], item.tokens)
+        assert sum(item.logprobs) == pytest.approx(expected, abs=1e-3)
+    alone = TransformersBackend(str(tiny), "float32").generate(prompts[:1], [7], max_new_tokens=30, samples=3, seed=5)
+    assert [item.tokens for item in alone.items] == [item.tokens for item in drawn.items[:3]]
+
+
+def test_a_step_continues_many_prompts(tiny: Path) -> None:
+    backend = TransformersBackend(str(tiny), "float32")
+    prompts = related_prompts(13, count=15)
+    found = backend.generate(prompts, [1000], max_new_tokens=8, samples=4)
+    assert found.usage.forwards <= 7 + len(prompts)
+    assert found.usage.computed_tokens <= sum(map(len, prompts)) * 17 / 16 + 7 * len(found.items)
+
+
 def test_samples_follow_the_law_and_their_seed_not_their_neighbours(tiny: Path) -> None:
     backend = TransformersBackend(str(tiny), "float32")
     prompt = [3, 4, 5]

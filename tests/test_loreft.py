@@ -99,9 +99,10 @@ def test_scores_are_those_of_plain_passes_with_told_positions(tiny: Path, tied: 
             np.testing.assert_allclose(backend.label_logprobs(PROMPTS, WORDS).logprobs, expected, atol=1e-5)
     backend._causal_from = 2  # a shared beginning is computed apart
     np.testing.assert_allclose(backend.label_logprobs(PROMPTS[5:6], WORDS).logprobs, expected[5:6], atol=1e-5)
-    drawn = backend.generate(PROMPTS, [3], max_new_tokens=6, samples=2)
+    drawn = backend.generate(PROMPTS, [3], max_new_tokens=40, samples=2)
+    assert min(len(item.tokens) for item in drawn.items) < 40  # some leave what is written together
     for i, item in enumerate(drawn.items):
-        assert sum(item.logprobs) == pytest.approx(plain.table([PROMPTS[i // 2]], [item.tokens])[0, 0], abs=1e-5)
+        assert sum(item.logprobs) == pytest.approx(plain.table([PROMPTS[i // 2]], [item.tokens])[0, 0], abs=1e-4)
 
 
 def test_edits_stay_in_float32_in_a_bfloat16_model(tiny: Path) -> None:

@@ -132,8 +132,8 @@ class Editor:
                 "a model with LoReFT's edits takes input_ids, and an attention_mask of 4 dimensions or none"
             )
         size = tokens.shape[1]
-        if cache is not None:
-            known = self._cached.get(cache, tokens[:, :0])
+        if cache is not None:  # one that was filled elsewhere says by `tokens` with what
+            known = self._cached.get(cache, getattr(cache, "tokens", tokens[:, :0]).to(tokens.device))
             tokens = torch.cat([known[:, : cache.get_seq_length()], tokens], dim=1)
             if tokens.shape[1] != cache.get_seq_length() + size:
                 raise ModelError("a model with LoReFT's edits takes no cache that was filled without them")

@@ -50,28 +50,37 @@ class FrozenModel:
         number = str(self._dtype).removeprefix("torch.")
         self.device = f"{self._device.type}, {number}" + (" (residual float32)" if kept else "")
 
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Memory for the keys and values of a token."""
+        config = self.network.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * int(config.num_hidden_layers * heads * size) * self._dtype.itemsize
+
     @torch.inference_mode()
     def run(
         self,
-        tokens: Int[np.ndarray, " n"],
-        positions: Int[np.ndarray, " n"],
+        tokens: Int[np.ndarray, "*rows n"],
+        positions: Int[np.ndarray, "*rows n"],
         mask: torch.Tensor | None,
         cache: Any,
     ) -> torch.Tensor:
-        """One forward pass that continues `cache`: hidden states `(n, width)`.
+        """One forward pass that continues `cache`, of one row or of several: hidden states `(*rows, n, width)`.
 
         Args:
-            mask: `(1, 1, n, cached + n)`, true where a token may be seen; `None` is causal.
+            mask: `(rows, 1, n, cached + n)`, true where a token may be seen; `None` is causal.
         """
+        shape = tokens.shape
         output = self.network.base_model(
-            input_ids=torch.from_numpy(tokens)[None].to(self._device),
-            position_ids=torch.from_numpy(positions)[None].to(self._device),
+            input_ids=torch.from_numpy(tokens.reshape(-1, shape[-1])).to(self._device),
+            position_ids=torch.from_numpy(positions.reshape(-1, shape[-1])).to(self._device),
             attention_mask=None if mask is None else mask.to(self._device),
             past_key_values=cache,
             use_cache=cache is not None,
         )
-        hidden: torch.Tensor = output.last_hidden_state[0]
-        return hidden
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden.reshape(*shape, -1)
 
     @torch.inference_mode()
     def logprobs_at(

@@ -6,11 +6,12 @@
   ever computed, so that few shapes keep memory flat.
 - The keys and values of the first prompt of a batch stay in the cache; the next batch, or the next call, goes
   on from what it shares with them. Memory grows with the tokens of a batch, never with the number of queries.
+- Answers of many prompts are written together (`hf_decoding.py`), as many as their keys and values leave room for.
 - A long unbranched beginning is computed apart, without a mask: attention kernels are faster where they know
   that the mask is causal.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ from icl_compiler.backends.backend import (
     require_fit,
     require_pairs,
 )
+from icl_compiler.backends.hf_decoding import Begun, KeysAndValues, Sampling, continue_prompts
 from icl_compiler.backends.hf_model import FrozenModel
 from icl_compiler.errors import BackendError
 from icl_compiler.prefix_tree import PrefixTree, WordTree, common_prefix, plan_batches
@@ -52,6 +54,7 @@ class TransformersBackend:
         self.max_prompt_tokens = self._model.max_tokens
         self._tree_tokens = tree_tokens or (8192 if self._model.on_gpu else 512)
         self._causal_from = 2048 if self._model.on_gpu else 768
+        self._cache_bytes, self._most_samples = (2**32, 512) if self._model.on_gpu else (2**28, 64)
         self._cache = _Cache(self._model.network.config)
 
     @property
@@ -152,23 +155,51 @@ class TransformersBackend:
             ContextLengthError: if a prompt with `max_new_tokens` more does not fit the model's context.
         """
         self._require_fit(prompts, max_new_tokens)
-        arrays = [np.asarray(prompt, dtype=np.int64) for prompt in prompts for _ in range(samples)]
+        arrays = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
         order = sorted(range(len(arrays)), key=lambda i: arrays[i].tolist())
-        items: list[Generation | None] = [None] * len(arrays)
-        computed = forwards = 0
-        for batch in plan_batches([arrays[i] for i in order], extra=max_new_tokens, limit=self._tree_tokens):
-            rows = [order[i] for i in batch]
-            passed = self._forward([arrays[i] for i in rows], _NO_WORDS, [len(arrays[i]) - 1 for i in rows])
-            streams = [np.random.default_rng([seed, *divmod(row, samples)]) for row in rows]
-            finished, steps = self._decode(passed, streams, list(terminator), max_new_tokens, temperature)
-            computed += passed.computed_tokens + steps.computed_tokens
-            forwards += passed.forwards + steps.forwards
-            for row, item in zip(rows, finished, strict=True):
-                items[row] = item
-            if progress is not None:
-                progress(len(rows) if samples == 1 else sum(row % samples == 0 for row in rows))
-        done = [item for item in items if item is not None]
-        return Generations(done, Usage(sum(len(prompt) for prompt in prompts), computed, forwards))
+        how = Sampling(list(terminator), max_new_tokens, temperature)
+        items: list[list[Generation]] = [[] for _ in prompts]
+        usage = Usage(sum(len(prompt) for prompt in prompts), 0, 0)
+        for first in range(0, samples, self._most_samples):
+            some = range(first, min(first + self._most_samples, samples))
+            for rows in self._together([arrays[i] for i in order], len(some) * max_new_tokens, len(some)):
+                group = [order[row] for row in rows]
+                begun, reading = self._begin([arrays[i] for i in group])
+                streams = [[np.random.default_rng([seed, i, sample]) for sample in some] for i in group]
+                written, writing = continue_prompts(self._model, begun, streams, how)
+                for i, answers in zip(group, written, strict=True):
+                    items[i] += answers
+                usage = usage.plus(reading).plus(writing)
+                if progress is not None and not first:
+                    progress(len(group))
+        return Generations([item for answers in items for item in answers], usage)
+
+    def _together(self, arrays: Sequence[Int[np.ndarray, " _"]], more: int, samples: int) -> Iterator[range]:
+        """Which prompts are continued together, each by `more` tokens in all its `samples`: those that memory takes."""
+        most_tokens = self._cache_bytes // self._model.cache_bytes_per_token
+        first = longest = 0
+        for row, array in enumerate(arrays):
+            longest = max(longest, len(array) + more)
+            count = row + 1 - first
+            if count > 1 and (count * longest > most_tokens or count * samples > self._most_samples):
+                yield range(first, row)
+                first, longest = row, len(array) + more
+        if arrays:
+            yield range(first, len(arrays))
+
+    def _begin(self, arrays: Sequence[Int[np.ndarray, " _"]]) -> tuple[list[Begun], Usage]:
+        """Read sorted prompts."""
+        begun, usage = [], Usage(0, 0, 0)
+        for batch in plan_batches(arrays, extra=0, limit=self._tree_tokens):
+            part = [arrays[i] for i in batch]
+            passed = self._forward(part, _NO_WORDS, [len(array) - 1 for array in part])
+            states = self._model.pick(passed.hidden, passed.tree.ends)
+            for array, path, state in zip(part, passed.tree.paths, states, strict=True):
+                nodes = np.concatenate([np.arange(passed.start), passed.start + path])
+                begun.append(Begun(array, self._cache.at(nodes), state))
+            self._keep_first(passed)
+            usage = usage.plus(Usage(0, passed.computed_tokens, passed.forwards))
+        return begun, usage
 
     def _forward(self, sequences: Sequence[Int[np.ndarray, " _"]], words: WordTree, needed: Sequence[int]) -> "_Pass":
         """One forward pass over a batch of sorted sequences, with `words` below the end of each.
@@ -191,48 +222,10 @@ class TransformersBackend:
         hidden = self._model.run(full.tokens, full.positions, mask, self._cache.kv)
         return _Pass(hidden, tree, start, len(full.tokens), first, computed + len(full.tokens), forwards)
 
-    def _keep_first(self, passed: "_Pass", more: int = 0) -> None:
-        """Of all that a pass, and `more` steps after it, left in the cache, keep the first sequence."""
+    def _keep_first(self, passed: "_Pass") -> None:
+        """Of all that a pass left in the cache, keep the first sequence."""
         kept = len(passed.first) - passed.start
-        self._cache.crop(passed.added - kept + more, passed.first)
-
-    def _decode(
-        self,
-        passed: "_Pass",
-        streams: Sequence[np.random.Generator],
-        terminator: list[int],
-        max_new_tokens: int,
-        temperature: float,
-    ) -> tuple[list[Generation], Usage]:
-        """Continue every sequence of a pass, all of them one token a step."""
-        ends = passed.tree.ends
-        states = self._model.pick(passed.hidden, ends)
-        visible = torch.zeros(len(streams), passed.start + passed.added, dtype=torch.bool)
-        visible[:, : passed.start] = True
-        visible[:, passed.start :][:, : len(passed.tree.tokens)] = torch.from_numpy(passed.tree.ancestors[ends])
-        positions = passed.tree.positions[ends] + 1
-        found: list[tuple[list[int], list[float]]] = [([], []) for _ in streams]
-        active = list(range(len(streams)))
-        computed = forwards = 0
-        for step in range(max_new_tokens):
-            logprobs = self._model.next_logprobs(states)
-            for row, sequence in enumerate(active):
-                token = _sample(logprobs[row], temperature, streams[sequence])
-                found[sequence][0].append(token)
-                found[sequence][1].append(float(logprobs[row, token]))
-            active = [s for s in active if found[s][0][-len(terminator) :] != terminator]
-            if not active or step + 1 == max_new_tokens:
-                break
-            own = torch.zeros(len(streams), len(active), dtype=torch.bool)
-            own[active, range(len(active))] = True
-            visible = torch.cat([visible, own], dim=1)
-            tokens = np.array([found[s][0][-1] for s in active], dtype=np.int64)
-            states = self._model.run(tokens, positions[active] + step, visible[active][None, None], self._cache.kv)
-            computed += len(active)
-            forwards += 1
-        self._keep_first(passed, computed)
-        items = [Generation(t, lp, t[-len(terminator) :] == terminator) for t, lp in found]
-        return items, Usage(0, computed, forwards)
+        self._cache.crop(passed.added - kept, passed.first)
 
     def _require_fit(self, prompts: Sequence[TokenIds], more: int) -> None:
         require_fit(prompts, more, model=self.model, max_prompt_tokens=self.max_prompt_tokens)
@@ -297,6 +290,12 @@ class _Cache:
         self.crop(len(self.tokens) - shared, prefix[:shared])
         return shared
 
+    def at(self, places: Int[np.ndarray, " places"]) -> list[KeysAndValues]:
+        """Keys and values of each layer at some of the tokens."""
+        layers = self.kv.layers
+        index = torch.from_numpy(places).to(layers[0].keys.device)
+        return [(layer.keys[0].index_select(1, index), layer.values[0].index_select(1, index)) for layer in layers]
+
     def crop(self, count: int, tokens: Int[np.ndarray, " _"]) -> None:
         """Drop the last `count` tokens; `tokens` are those that remain."""
         if not len(tokens):
@@ -304,12 +303,3 @@ class _Cache:
         elif count:
             self.kv.crop(-count)
         self.tokens = tokens
-
-
-def _sample(logprobs: Float[np.ndarray, " tokens"], temperature: float, stream: np.random.Generator) -> int:
-    if temperature == 0:
-        return int(logprobs.argmax())
-    scaled = logprobs / temperature
-    weights = np.exp(scaled - scaled.max())
-    cumulative = np.cumsum(weights)
-    return int(np.searchsorted(cumulative, stream.random() * cumulative[-1], side="right"))
