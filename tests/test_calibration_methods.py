@@ -8,7 +8,7 @@ from scipy.special import logsumexp
 
 from icl_compiler.calibration.choosing import LEAST_QUERIES, fit_and_choose
 from icl_compiler.calibration.held_out import HeldOut, log_loss
-from icl_compiler.calibration.law import Anchors, Calibration, Evidence, Law
+from icl_compiler.calibration.law import Anchors, Calibration, Evidence, Law, nearest_answers
 from icl_compiler.calibration.methods import (
     batch,
     bias,
@@ -22,7 +22,7 @@ from icl_compiler.calibration.methods import (
 )
 from icl_compiler.calibration.votes import Vote, Voters, law_of_votes
 from icl_compiler.errors import CalibrationError, RegistryError
-from icl_compiler.registry import CALIBRATIONS
+from icl_compiler.registry import CALIBRATIONS, resolve
 
 
 def normalised(scores):
@@ -122,7 +122,7 @@ def test_votes_that_are_noise_get_no_weight():
     true, labels = truth(600, 4, rng)
     held_out = answered(true, labels, voters=voting(labels, 4, 0.0, rng))
     assert mixture(held_out)[0].weight < 0.08
-    [pooled] = product(held_out)
+    pooled = product(held_out)[0]
     alone = temperature(held_out)[0].law(held_out.evidence).probabilities
     np.testing.assert_allclose(pooled.law(held_out.evidence).probabilities, alone, atol=0.15)
     assert pooled.scale == pytest.approx(1, abs=0.15)
@@ -132,7 +132,7 @@ def test_a_model_that_is_noise_gets_no_weight():
     rng = np.random.default_rng(6)
     labels = rng.integers(4, size=600)
     held_out = answered(normalised(2 * rng.normal(size=(600, 4))), labels, voters=voting(labels, 4, 0.6, rng))
-    [linear], [pooled] = mixture(held_out), product(held_out)
+    [linear], [pooled, *_] = mixture(held_out), product(held_out)
     assert linear.scale < 0.3 or linear.weight > 0.9
     assert pooled.scale < 0.15
     assert pooled.weight > 0.5
@@ -208,13 +208,46 @@ def test_chosen_is_never_much_worse_than_none():
 def test_ties_go_to_the_simpler_one():
     rng = np.random.default_rng(11)
     true, labels = truth(300, 3, rng)
-    choice = fit_and_choose(answered(true, labels, priors={"pmi": np.full(3, 1 / 3)}))
-    assert choice.calibration.method == "none"  # the model's law is the true one already
-    lost_mass = fit_and_choose(answered(true + np.log(0.6), labels, priors={"pmi": np.full(3, 1 / 3)}))
-    assert lost_mass.calibration.method == "normalise"
-    assert "simpler" in lost_mass.why or "lowest risk" in lost_mass.why
-    [saved] = [candidate.saved for candidate in lost_mass.candidates if candidate.name == "normalise"]
+    held_out = answered(true + np.log(0.6), labels, priors={"pmi": np.full(3, 1 / 3)})
+    choice = fit_and_choose(held_out, ["normalise", "pmi"])  # of a flat prior nothing is left
+    assert choice.calibration.method == "normalise"
+    assert choice.why == "normalise has the lowest risk"
+    [saved] = [candidate.saved for candidate in choice.candidates if candidate.name == "normalise"]
     assert saved == pytest.approx(-np.log(0.6))
+
+
+def test_the_lowest_risk_is_chosen_by_however_little():
+    rng = np.random.default_rng(15)
+    true, labels = truth(40, 3, rng)
+    choice = fit_and_choose(answered(normalised(1.3 * true), labels))
+    assert choice.calibration.measured is not None or choice.calibration.method == "none"
+    chosen = next(each for each in choice.candidates if each.calibration is choice.calibration)
+    assert chosen.risk == min(each.risk for each in choice.candidates)
+
+
+@pytest.mark.parametrize("name", ["temperature", "bias", "mixture", "product", "knn"])
+def test_towards_a_reference_numbers_are_those_of_least_total_variation(name: str):
+    """The reference is sure, and right where the votes are; log-loss pays for every error, total variation once."""
+    rng = np.random.default_rng(16)
+    true, labels = truth(150, 3, rng)
+    reference = np.eye(3)[labels] * 0.97 + 0.01
+    held_out = answered(true, labels, voters=voting(labels, 3, 0.02, rng), reference=reference)
+    cautious = replace(held_out, reference=None)
+    near, far = (resolve("calibration", CALIBRATIONS, name)(each) for each in (held_out, cautious))
+    for nearer, fitted in zip(near, far, strict=True):
+        votes = None
+        if nearer.vote is not None:
+            heard = held_out.evidence.voters
+            if nearer.anchors is not None:
+                others = np.where(np.eye(150, dtype=bool), -1, labels[None, :])
+                heard = nearest_answers(held_out.evidence.middle, held_out.evidence.middle, others)
+            votes = law_of_votes(heard, nearer.vote, 3)
+        at = [held_out.risks(Law(each.combined(true, votes))).mean() for each in (nearer, fitted)]
+        assert at[0] <= at[1]
+        for factor in (0.8, 1.25):  # it is a minimum
+            moved = replace(nearer, scale=nearer.scale * factor)
+            assert held_out.risks(Law(moved.combined(true, votes))).mean() >= at[0] - 1e-3
+        assert name != "product" or at[0] < at[1] - 0.01
 
 
 def test_a_reference_is_approximated_in_total_variation():

@@ -136,12 +136,18 @@ class Calibration:
             return Law(np.exp(evidence.logprobs), upper)
         votes = self._votes(evidence)
         if evidence.upper is None:
-            return Law(self._pooled(softmax(self._scores(evidence.middle, votes)), votes))
+            return Law(self.combined(evidence.middle, votes))
         highest = np.maximum(evidence.upper, evidence.logprobs)
         least, most = _bounds(self._scores(evidence.logprobs, votes), self._scores(highest, votes))
         if self.anchors is None:
             return Law(self._pooled(least, votes), self._pooled(most, votes))
         return Law((1 - self.weight) * least, (1 - self.weight) * most + self.weight)  # which anchors are near is open
+
+    def combined(
+        self, logprobs: Float[np.ndarray, "queries labels"], votes: Float[np.ndarray, "queries labels"] | None
+    ) -> Float[np.ndarray, "queries labels"]:
+        """The probabilities of finite log-probabilities and the law of the votes."""
+        return self._pooled(softmax(self._scores(logprobs, votes)), votes)
 
     def describe(self) -> str:
         """The numbers in words."""
