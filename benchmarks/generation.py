@@ -6,7 +6,7 @@ SmolLM2-135M in bfloat16, the program of 16 dense shots of topv2_en (frames of c
 texts; answers of 64 tokens at most. Greedy, and four samples of each query at temperature 1.
 
 - "icl" is the `transformers` backend; "transformers" asks `generate` about one query at a time, "in batches" about
-  `--batch` of them, sorted by length and padded on the left: what a user would write. All end an answer at a line break.
+  `--batch` of them, sorted by length and padded on the left: what a user would write. An answer ends at a line break.
 - Processor seconds, loading aside; the greedy answers that are the same as those of "transformers", which rounds
   otherwise: one token that is another changes all that follow.
 
@@ -69,8 +69,8 @@ def main() -> None:
     network = load_causal_lm(MODEL, torch.bfloat16).eval()
 
     def ours(samples: int) -> Answers:
-        how = {"samples": samples} if samples else {"temperature": 0.0}
-        return [item.tokens for item in backend.generate(prompts, [end], max_new_tokens=MOST, **how).items]  # type: ignore[arg-type]
+        how: dict[str, Any] = {"samples": samples} if samples else {"temperature": 0.0}
+        return [item.tokens for item in backend.generate(prompts, [end], max_new_tokens=MOST, **how).items]
 
     contenders: dict[str, Callable[[int], Answers]] = {
         "icl": ours,

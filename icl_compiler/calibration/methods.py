@@ -228,9 +228,9 @@ def _nearest(
     if held_out.reference is None:
         return fitted
     logprobs = held_out.evidence.middle
-    most_weight = 1.0 if fitted.pooling == "linear" else None
-    start = [(max(fitted.scale, _LEAST_START), None)]
-    start += [] if fitted.offsets is None else [(1.0, None)]
+    most_weight = 1.0 if fitted.pooling == "linear" else np.inf
+    start = [(max(fitted.scale, _LEAST_START), np.inf)]
+    start += [] if fitted.offsets is None else [(1.0, np.inf)]
     start += [] if votes is None else [(max(fitted.weight, _LEAST_START), most_weight)]
 
     def told(numbers: Float[np.ndarray, " numbers"]) -> Calibration:
@@ -244,7 +244,12 @@ def _nearest(
     first = np.array([number for number, _ in start])
     simplex = np.stack([first, *(first + np.diag(first * _FIRST_STEP))])
     bounds = [(0.0, most) for _, most in start]
-    how = {"initial_simplex": simplex, "xatol": 1e-3, "fatol": 1e-5, "maxfev": _MOST_TRIED}
-    found = minimize(risk, first, method="Nelder-Mead", bounds=bounds, options=how).x
+    found = minimize(
+        risk,
+        first,
+        method="Nelder-Mead",
+        bounds=bounds,
+        options={"initial_simplex": simplex, "xatol": 1e-3, "fatol": 1e-5, "maxfev": _MOST_TRIED},
+    ).x
     before = Law(fitted.combined(logprobs, votes))
     return told(found) if risk(found) < float(held_out.risks(before).mean()) else fitted
