@@ -8,8 +8,8 @@
 - What the user names is not searched: `--retriever bm25 -O2` looks for the best program with bm25.
 - `--retriever static` has the search choose one set for all texts (`static_sets`); it is not tried unless it is named.
 - -O2 starts from -O1, and compares with it once more at the end.
-- From -O2 on a program of labels is calibrated with what the search has asked already; the mixture of model and votes
-  is among the candidates, so that the neighbours alone are.
+- From -O2 on a program of labels is calibrated with what the search has asked already; those of model and votes are
+  among the candidates, so that the neighbours alone are.
 - Held-out rows are all rows of the pool that can be a query, in one random order, each asked without itself.
 """
 
@@ -111,7 +111,7 @@ def optimise(
     rows, learned_from = set_apart(rows, queries) if level == 3 else Apart(rows, rows[:0])
     judge: Judge
     if base.labels:
-        after = calibrations[0] if calibrations is not None and len(calibrations) == 1 else "mixture"
+        after = calibrations[0] if calibrations is not None and len(calibrations) == 1 else None
         judge = LabelJudge(asker, base, rows, calibration=after, reference=reference)
     else:
         judge = TargetJudge(asker, base, rows, metric)
