@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int64
 
 from benchmarks.parts.kept import Row, data_folder, keep, rows_of
 from evaluation.evaluate import commit, machine
@@ -30,11 +31,12 @@ from icl_compiler.calibration.held_out import log_loss
 from icl_compiler.calibration.law import Evidence
 from icl_compiler.calibration.votes import Voters
 from icl_compiler.compile import compile_program, with_calibration
-from icl_compiler.data import load_dataset
+from icl_compiler.data import Dataset, load_dataset
 from icl_compiler.optimise.judges import Asker
 from icl_compiler.optimise.racing import OutOfTime
 from icl_compiler.optimise.score_log import ScoreLog
 from icl_compiler.predictor import open_backend
+from icl_compiler.program import Program
 from icl_compiler.tokenizer import TokenIds
 
 ROWS = Path(__file__).parent / "rows" / "calibration.jsonl"
@@ -65,37 +67,47 @@ class Kept:
         return LabelScores(np.array([answer[0] for answer in answers]), Usage(0, 0, 0))
 
 
+def program_of(dataset: str, folder: Path, seed: int) -> Program:
+    """What is calibrated."""
+    rows = load_dataset(folder / dataset / "train.jsonl")
+    return compile_program(rows, model=MODEL, shots=SHOTS, budget=BUDGET, examples=POOL, seed=seed)
+
+
+def test_rows(dataset: str, folder: Path, count: int, seed: int) -> Dataset:
+    """Some, at random."""
+    rows = load_dataset(folder / dataset / "test.jsonl")
+    return rows.take(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())
+
+
+def evidence_of(program: Program, engine: Kept, asked: Dataset) -> tuple[Evidence, Int64[np.ndarray, " texts"]]:
+    """What model and neighbours say of texts, and the number of the right label of each."""
+    prompts = with_voters(program).prompts(asked.texts)
+    scores = engine.label_logprobs([prompt.tokens for prompt in prompts], program.label_words)
+    voters = Voters.joined([prompt.voters for prompt in prompts if prompt.voters is not None])
+    labels = np.array([program.labels.index(answer) for answer in asked.answers], dtype=np.int64)
+    return Evidence(scores.logprobs, scores.upper, voters), labels
+
+
 def measure(
     dataset: str, folder: Path, key: list[object], *, held_out: int, test: int, seed: int, deadline: float
 ) -> list[Row]:
     """One row for each candidate."""
-    program = compile_program(
-        load_dataset(folder / dataset / "train.jsonl"),
-        model=MODEL,
-        shots=SHOTS,
-        budget=BUDGET,
-        examples=POOL,
-        seed=seed,
-    )
-    asked = load_dataset(folder / dataset / "test.jsonl")
-    asked = asked.take(np.random.default_rng(seed).permutation(len(asked))[:test].tolist())
+    program, asked = program_of(dataset, folder, seed), test_rows(dataset, folder, test, seed)
     engine = Kept(open_backend("transformers", MODEL), deadline)
     fitted_to = score_held_out(program, engine, queries=held_out, seed=seed)
     scored = time.perf_counter()
     choice = fit_and_choose(fitted_to)
     fitted = time.perf_counter()
-    prompts = with_voters(program).prompts(asked.texts)
-    scores = engine.label_logprobs([prompt.tokens for prompt in prompts], program.label_words)
-    voters = Voters.joined([prompt.voters for prompt in prompts if prompt.voters is not None])
-    labels = np.array([program.labels.index(answer) for answer in asked.answers])
+    evidence, labels = evidence_of(program, engine, asked)
     rows = []
     for candidate in choice.candidates:
         found = candidate.calibration
-        heard = voters
+        heard = evidence
         if found.anchors is not None:
             anchored = with_calibration(program, found).prompts(asked.texts)
-            heard = Voters.joined([prompt.voters for prompt in anchored if prompt.voters is not None])
-        law = found.law(Evidence(scores.logprobs, scores.upper, heard)).probabilities
+            voters = Voters.joined([prompt.voters for prompt in anchored if prompt.voters is not None])
+            heard = evidence._replace(voters=voters)
+        law = found.law(heard).probabilities
         right = law.argmax(axis=1) == labels
         losses = log_loss(law, np.eye(law.shape[1])[labels])
         rows.append(

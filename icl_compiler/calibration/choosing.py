@@ -133,15 +133,15 @@ def cross_validated(held_out: HeldOut, name: str) -> CrossValidated | None:
         train, test = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
         for variant, calibration in enumerate(method(held_out.take(train))):
             asked = held_out.take(test)
-            law = calibration.law(_evidence(calibration, asked, held_out))
+            law = calibration.law(evidence_for(calibration, asked, held_out))
             said[variant, test] = asked.risks(law)
             right[variant, test] = law.probabilities.argmax(axis=1) == asked.labels
     best = int(said.mean(axis=1).argmin())
     return CrossValidated(fitted[best], said[best], right[best])
 
 
-def _evidence(calibration: Calibration, asked: HeldOut, everyone: HeldOut) -> Evidence:
-    """The evidence of some of the queries, with the anchors as voters where the calibration has some."""
+def evidence_for(calibration: Calibration, asked: HeldOut, everyone: HeldOut) -> Evidence:
+    """The evidence of some of the queries, with the anchors, which are among `everyone`, as voters if it has some."""
     if calibration.anchors is None:
         return asked.evidence
     label_of = dict(zip(everyone.rows.tolist(), everyone.labels.tolist(), strict=True))
