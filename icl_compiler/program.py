@@ -384,11 +384,16 @@ class Program:
             ids, scores, ranks = (
                 np.take_along_axis(np.broadcast_to(each, order.shape), order, axis=1) for each in (ids, scores, ranks)
             )
-        if per_label := self.settings.per_label:
+        per_label = self.settings.per_label
+        if per_label and ids.shape[1] > self._candidates:  # the whole pool, the same for all texts
             order = in_rounds(self._label_of_row[ids], per_label)[:, : self._candidates]
             ids, scores, ranks = (np.take_along_axis(each, order, axis=1) for each in (ids, scores, ranks))
         shape = len(texts), ids.shape[1]
-        return np.broadcast_to(ids, shape), np.broadcast_to(scores, shape), np.broadcast_to(ranks, shape)
+        ids, scores, ranks = (np.broadcast_to(each, shape) for each in (ids, scores, ranks))
+        if per_label:
+            order = in_rounds(self._label_of_row[ids], per_label, self._is_itself(ids, texts))
+            ids, scores, ranks = (np.take_along_axis(each, order, axis=1) for each in (ids, scores, ranks))
+        return ids, scores, ranks
 
     def _keys(
         self, texts: Sequence[str], rows: Int64[np.ndarray, " shots"], queries: Int64[np.ndarray, " shots"]

@@ -130,19 +130,28 @@ def arranged(
 
 
 def in_rounds(
-    labels: Int64[np.ndarray, "queries candidates"], per_label: int
+    labels: Int64[np.ndarray, "queries candidates"],
+    per_label: int,
+    barred: Bool[np.ndarray, "queries candidates"] | None = None,
 ) -> Int64[np.ndarray, "queries candidates"]:
     """The places of the candidates in rounds: the best `per_label` of each label, then the next of each, and so on.
 
+    Args:
+        barred: candidates that will not be taken. They take no turn from others of their label: a query that is a row
+            of the pool would be known by the label that then comes too late.
+
     >>> in_rounds(np.array([[4, 4, 4, 9, 9]]), 1).tolist()
     [[0, 3, 1, 4, 2]]
+    >>> in_rounds(np.array([[4, 4, 4, 9, 9]]), 1, np.array([[True, False, False, False, False]])).tolist()
+    [[0, 1, 3, 2, 4]]
     """
     by_label = np.argsort(labels, axis=1, kind="stable")
     grouped = np.take_along_axis(labels, by_label, axis=1)
-    place = np.broadcast_to(np.arange(labels.shape[1]), labels.shape)
+    free = np.ones(labels.shape, dtype=bool) if barred is None else np.take_along_axis(~barred, by_label, axis=1)
+    before = np.cumsum(free, axis=1) - free
     begins = np.ones(labels.shape, dtype=bool)
     begins[:, 1:] = grouped[:, 1:] != grouped[:, :-1]
-    since = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+    since = before - np.maximum.accumulate(np.where(begins, before, 0), axis=1)
     rounds = np.empty(labels.shape, dtype=np.int64)
     np.put_along_axis(rounds, by_label, since // per_label, axis=1)
     places: Int64[np.ndarray, "queries candidates"] = np.argsort(rounds, axis=1, kind="stable")

@@ -78,6 +78,6 @@ def test_rows_that_are_spanned_come_last_by_relevance():
 def test_a_copy_waits_for_what_is_new():
     retriever = DPP(Resources(seed=0, encoder=HashedWords()))
     retriever.fit(["card lost", "card lost", "lost card", "card stolen", "refund"])
-    ids = retriever.search(["card lost"], 5).ids[0].tolist()
+    ids = retriever.search(["card lost today"], 5).ids[0].tolist()
     assert ids[0] == 0
     assert set(ids[1:3]) == {3, 4}

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from retrievers import reranking
 from retrievers.dense import Dense
+from retrievers.dpp import DPP
 from retrievers.mmr import MMR, marginal_relevance
 from retrievers.retriever import Resources
 
@@ -68,6 +69,27 @@ def of_list(patch, candidates, kind=MMR):
     retriever = kind(Resources(seed=0, encoder=HashedWords()))
     retriever.fit(POOL)
     return retriever
+
+
+@pytest.mark.parametrize("kind", [MMR, DPP])
+def test_a_query_that_is_a_row_finds_what_it_would_without_it(kind):
+    rng = np.random.default_rng(4)
+    words = [f"w{i}" for i in range(40)]
+    texts = [" ".join(rng.choice(words, size=6).tolist()) for _ in range(60)]
+    resources = Resources(seed=0, encoder=HashedWords())
+    everyone = kind(resources)
+    everyone.fit([*texts, texts[3]])  # twice
+    for row in (3, 17):
+        others = [i for i in range(60) if i != row]
+        alone = kind(resources)
+        alone.fit([texts[i] for i in others])
+        hits = everyone.search([texts[row]], 12)
+        found = [i for i in hits.ids[0].tolist() if i not in (row, 60)]
+        copies = 12 - len(found)
+        assert copies == (2 if row == 3 else 1)
+        assert set(hits.ids[0, :copies].tolist()) <= {row, 60}
+        assert found == [others[i] for i in alone.search([texts[row]], 12 - copies).ids[0].tolist()]
+        assert (np.diff(hits.scores[0]) <= 0).all()
 
 
 @pytest.mark.parametrize("kind", ["MMR", "DPP"])

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from hashed_words import HashedWords
 from hypothesis import given, settings
@@ -139,6 +140,22 @@ def test_a_query_never_retrieves_itself(retriever):
             assert len(same) == 1
             assert sorted(prompt.selection.rows) == [row for row in range(len(pool)) if row not in same]
             assert prompt.selection.itself == 1
+
+
+@pytest.mark.parametrize("retriever", ["dense", "mmr", "dpp"])
+@pytest.mark.parametrize("per_label", [0, 1, 2])
+def test_a_row_of_the_pool_is_asked_as_if_it_were_not_in_it(retriever, per_label):
+    """Or else its shots tell its label: that which gives up its turn to a row that is not shown."""
+    rng = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(25)]
+    texts = [" ".join(rng.choice(words, size=5).tolist()) for _ in range(80)]
+    data = Dataset(tuple(texts), tuple(rng.choice(["a", "b"], size=80).tolist()), "classification", "words")
+    how = {"retriever": retriever, "per_label": per_label, "shots": 6}
+    prompts = echo_program(data, **how).prompts(texts[:20])
+    for row, prompt in enumerate(prompts):
+        others = [i for i in range(80) if i != row]
+        [alone] = echo_program(data.take(others), **how).prompts([texts[row]])
+        assert prompt.tokens == alone.tokens
 
 
 @pytest.mark.parametrize("retriever", ["bm25", "dense"])

@@ -91,6 +91,17 @@ def test_rounds_give_every_label_its_turn(labels, per_label):
         assert order == sorted(range(7), key=lambda place: (turns[place], place))
 
 
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=9), st.integers(1, 3))
+def test_who_is_barred_takes_no_turn(candidates, per_label):
+    labels = np.array([[label for label, _ in candidates]], dtype=np.int64)
+    barred = np.array([[bar for _, bar in candidates]])
+    [found] = in_rounds(labels, per_label, barred).tolist()
+    free = [place for place in range(len(candidates)) if not barred[0, place]]
+    alone = in_rounds(labels[:, free], per_label)[0].tolist()
+    assert [place for place in found if place in free] == [free[place] for place in alone]
+
+
 @pytest.mark.parametrize("rows", [[], [2], [1, 1, 0], [0, 2, 1]])
 def test_pieces_are_joined(rows):
     flat, offsets = np.array([5, 6, 7, 8, 9], dtype=np.int32), np.array([0, 2, 2, 5])
