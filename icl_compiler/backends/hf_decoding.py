@@ -7,12 +7,12 @@
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from transformers.cache_utils import Cache, DynamicLayer
 
 from icl_compiler.backends.backend import Generation, Usage
 from icl_compiler.backends.hf_model import FrozenModel
@@ -91,11 +91,13 @@ class _Batch:
     def __init__(
         self,
         model: FrozenModel,
-        layers: list["_Roomy"],
+        layers: list[Any],
         tokens: Int[torch.Tensor, "rows columns"],
         visible: Bool[torch.Tensor, "rows samples columns"],
         positions: Int[np.ndarray, " rows"],
     ) -> None:
+        from transformers.cache_utils import Cache
+
         self._model, self._layers, self._tokens = model, layers, tokens
         self._visible, self._positions = visible, positions
         self._cache: Any = Cache(layers=layers)
@@ -109,10 +111,11 @@ class _Batch:
         tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt.tokens)] = torch.from_numpy(prompt.tokens)
-        layers = [
-            _Roomy.of([prompt.layers[number] for prompt in prompts], longest, longest + samples * most)
-            for number in range(len(prompts[0].layers))
-        ]
+        room = longest + samples * most
+        layers = []
+        for number in range(len(prompts[0].layers)):
+            keys, values = zip(*(prompt.layers[number] for prompt in prompts), strict=True)
+            layers.append(_roomy()(_padded(keys, room), _padded(values, room), longest))
         visible = torch.arange(longest) < torch.from_numpy(lengths)[:, None]
         return cls(model, layers, tokens, visible[:, None].expand(-1, samples, -1), lengths)
 
@@ -133,40 +136,39 @@ class _Batch:
         return self._model.run(tokens, positions, self._visible[:, None], self._cache).flatten(0, 1)
 
 
-class _Roomy(DynamicLayer):  # type: ignore[misc]
-    """A layer of a cache that has room for what is to come, so that a step copies nothing."""
+def _padded(parts: Sequence[torch.Tensor], room: int) -> torch.Tensor:
+    """Keys or values of several prompts as the rows of one array with `room` for so many tokens."""
+    heads, _, size = parts[0].shape
+    rows = parts[0].new_zeros(len(parts), heads, room, size)
+    for row, part in zip(rows, parts, strict=True):
+        row[:, : part.shape[1]] = part
+    return rows
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, used: int) -> None:
-        super().__init__()
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self._all_keys, self._all_values = keys, values
-        self._show(used)
 
-    @classmethod
-    def of(cls, kept: Sequence[KeysAndValues], used: int, room: int) -> "_Roomy":
-        """Several prompts, each padded to `used` tokens, with `room` for so many in all."""
+@cache
+def _roomy() -> Any:
+    """The kind of a cache's layer that has room for what is to come, so that a step copies nothing."""
+    from transformers.cache_utils import DynamicLayer
 
-        def padded(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-            heads, _, size = parts[0].shape
-            rows = parts[0].new_zeros(len(parts), heads, room, size)
-            for row, part in zip(rows, parts, strict=True):
-                row[:, : part.shape[1]] = part
-            return rows
+    class Roomy(DynamicLayer):  # type: ignore[misc]
+        def __init__(self, keys: torch.Tensor, values: torch.Tensor, used: int) -> None:
+            super().__init__()
+            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+            self._all_keys, self._all_values = keys, values
+            self._show(used)
 
-        return cls(padded([keys for keys, _ in kept]), padded([values for _, values in kept]), used)
+        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            start = self.keys.shape[2]
+            self._show(start + key_states.shape[2])
+            self.keys[:, :, start:] = key_states
+            self.values[:, :, start:] = value_states
+            return self.keys, self.values
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Add to it; all that it has."""
-        start = self.keys.shape[2]
-        self._show(start + key_states.shape[2])
-        self.keys[:, :, start:] = key_states
-        self.values[:, :, start:] = value_states
-        return self.keys, self.values
+        def take(self, rows: torch.Tensor) -> Any:
+            places = rows.to(self._all_keys.device)
+            return Roomy(self._all_keys[places], self._all_values[places], self.keys.shape[2])
 
-    def take(self, rows: Int[torch.Tensor, " some"]) -> "_Roomy":
-        """Some of the rows."""
-        places = rows.to(self._all_keys.device)
-        return _Roomy(self._all_keys[places], self._all_values[places], self.keys.shape[2])
+        def _show(self, used: int) -> None:
+            self.keys, self.values = self._all_keys[:, :, :used], self._all_values[:, :, :used]
 
-    def _show(self, used: int) -> None:
-        self.keys, self.values = self._all_keys[:, :, :used], self._all_values[:, :, :used]
+    return Roomy
