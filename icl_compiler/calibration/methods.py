@@ -241,14 +241,14 @@ def _nearest(
     def risk(numbers: Float[np.ndarray, " numbers"]) -> float:
         return float(held_out.risks(Law(told(numbers).combined(logprobs, votes))).mean())
 
-    first = np.array([number for number, _ in start])
-    simplex = np.stack([first, *(first + np.diag(first * _FIRST_STEP))])
-    bounds = [(0.0, most) for _, most in start]
+    first, most = np.array(start).T
+    up, down = first * (1 + _FIRST_STEP), first * (1 - _FIRST_STEP)
+    simplex = np.stack([first, *(first + np.diag(np.where(up <= most, up, down) - first))])
     found = minimize(
         risk,
         first,
         method="Nelder-Mead",
-        bounds=bounds,
+        bounds=[(0.0, end) for end in most],
         options={"initial_simplex": simplex, "xatol": 1e-3, "fatol": 1e-5, "maxfev": _MOST_TRIED},
     ).x
     before = Law(fitted.combined(logprobs, votes))
