@@ -2,9 +2,9 @@
 
 - The queries are the same for all variants, in one random order, so that differences between variants are paired.
 - Labels: log-loss of the right label, or the total variation to a reference; after a calibration that is fitted
-  without the query. By default that is one of model and votes, so that a prompt is judged by what it adds to the
-  neighbours: the mixture, whose log-loss is tame with few queries, or the product where a reference is approximated,
-  which comes nearer. Below ten queries nothing is fitted, the law is renormalised only.
+  without the query. By default that is the mixture of model and votes, so that a prompt is judged by what it adds to
+  the neighbours (after the product, which comes nearer, prompts hardly differ). Below ten queries nothing is fitted,
+  the law is renormalised only.
 - Targets: negative log-likelihood of the target, or whether greedy decoding misses it.
 """
 
@@ -109,7 +109,7 @@ class LabelJudge:
     """Log-loss of the right labels, or total variation to a reference.
 
     Args:
-        calibration: name of the calibration after which a variant is judged, if not the default.
+        calibration: name of the calibration after which a variant is judged.
         reference: whose law is to be approximated, in place of the right labels.
     """
 
@@ -119,11 +119,10 @@ class LabelJudge:
         program: Program,
         rows: Int64[np.ndarray, " queries"],
         *,
-        calibration: str | None = None,
+        calibration: str = "mixture",
         reference: Predictor | None = None,
     ) -> None:
         require_same_labels(program, reference)
-        calibration = calibration or ("mixture" if reference is None else "product")
         self.rows = rows
         self.risk = "log-loss" if reference is None else "TV to the reference"
         self._asker = asker

@@ -111,7 +111,7 @@ def optimise(
     rows, learned_from = set_apart(rows, queries) if level == 3 else Apart(rows, rows[:0])
     judge: Judge
     if base.labels:
-        after = calibrations[0] if calibrations is not None and len(calibrations) == 1 else None
+        after = calibrations[0] if calibrations is not None and len(calibrations) == 1 else "mixture"
         judge = LabelJudge(asker, base, rows, calibration=after, reference=reference)
     else:
         judge = TargetJudge(asker, base, rows, metric)
