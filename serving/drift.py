@@ -20,9 +20,8 @@ sooner or later for certain. No drift means that queries come independently from
 
 Scores are the retriever's own, and not every retriever's say how near a row is. A program has *no distance*, and no
 alarm of "unlike", without shots, where over half of the pool's rows score alike or might (uniform and votek, which
-answer every query alike; a dozen rows), and where random letters are not found unlike the pool (mmr and coverage,
-which score a row by what the rows before it leave: the nearest *other* row stands behind the row itself). For the
-same reason queries must be remoter to be unlike a pool that dpp searches.
+answer every query alike; a dozen rows), and where random letters are not found unlike the pool (coverage, which scores
+a row by what the rows before it leave: the nearest *other* row stands behind the row itself).
 
 `Shadow` measures the gap between what is served and a reference, on a sample of the queries, beside the serving.
 """

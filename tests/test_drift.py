@@ -74,14 +74,14 @@ def test_the_baseline_is_that_of_brute_force():
 def test_which_retrievers_say_how_near_a_row_is(retriever):
     program = echo_program(pool_of(), retriever=retriever)
     distance = Baseline.of(program).distance
-    if retriever in ("uniform", "votek", "static", "mmr", "coverage"):
+    if retriever in ("uniform", "votek", "static", "coverage"):
         assert distance is None
         return
     alike = texts_about([f"topic{i}" for i in range(30)], 10, seed=1)
     other = texts_about([f"matter{i}" for i in range(30)], 10, seed=1)
     unlike = [(program.retriever.search(texts, 1).scores <= distance.threshold).mean() for texts in (alike, other)]
     assert unlike[0] <= distance.tolerated
-    assert unlike[1] > (distance.tolerated if retriever == "dpp" else 0.75)
+    assert unlike[1] > 0.75
 
 
 def test_the_shots_of_a_reranked_program_do_not_say_how_near_a_row_is():
