@@ -281,8 +281,8 @@ def _of_other_versions(output: Path, planned: "Plan") -> list[str]:
         return []
     versions = joined(sorted({str(row["version"]) for row in other}))
     return [
-        f"{counted(len(other), 'row')} in {output / 'rows.jsonl'} were measured by version {versions}, and this is "
-        f"{own}: they stay, and every cell is measured anew; go on with {versions}, or begin another folder (-o)"
+        f"{output / 'rows.jsonl'} holds {counted(len(other), 'row')} of version {versions}, and this is {own}: what is "
+        f"there stays, and every cell is measured anew; go on with {versions}, or begin another folder (-o)"
     ]
 
 

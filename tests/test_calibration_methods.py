@@ -220,7 +220,6 @@ def test_the_lowest_risk_is_chosen_by_however_little():
     rng = np.random.default_rng(15)
     true, labels = truth(40, 3, rng)
     choice = fit_and_choose(answered(normalised(1.3 * true), labels))
-    assert choice.calibration.measured is not None or choice.calibration.method == "none"
     chosen = next(each for each in choice.candidates if each.calibration is choice.calibration)
     assert chosen.risk == min(each.risk for each in choice.candidates)
 

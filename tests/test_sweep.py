@@ -293,8 +293,8 @@ def test_rows_of_another_version_are_said_to_stay(tiny: str, words: Path, tmp_pa
     rows.parent.mkdir()
     rows.write_text(json.dumps({"key": "old", "version": "0.1.2"}) + "\n", encoding="utf-8")
     told = icl("sweep", sweep, "-o", rows.parent, "--dry-run").stderr
-    assert "Warning: 1 row in" in told and "by version 0.1.2, and this is " in told
-    assert "by version" not in icl("sweep", sweep, "-o", tmp_path / "new", "--dry-run").stderr
+    assert "holds 1 row of version 0.1.2, and this is " in told
+    assert "of version" not in icl("sweep", sweep, "-o", tmp_path / "new", "--dry-run").stderr
 
 
 def test_what_it_would_do_is_told_without_a_model(tiny: str, words: Path, tmp_path: Path) -> None:

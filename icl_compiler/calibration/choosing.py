@@ -94,15 +94,15 @@ def fit_and_choose(held_out: HeldOut, candidates: Sequence[str] | None = None) -
     names = CALIBRATIONS if candidates is None else dict.fromkeys(["none", *candidates])
     order = [*(name for name in CALIBRATIONS if name in names), *(name for name in names if name not in CALIBRATIONS)]
     found: list[Candidate] = []
-    risks: list[Float[np.ndarray, " queries"]] = []
+    plain: Float[np.ndarray, " queries"] | None = None  # the risks of `none`, which is the first
     for name in order:
         validated = cross_validated(held_out, name)
         if validated is None:
             continue
         fitted, own, right = validated
-        risks.append(own)
-        risk, saved = _with_interval(own), _with_interval(risks[0] - own)
-        measured = Measured(queries, held_out.risk, float(risks[0].mean()), risk[0])
+        plain = own if plain is None else plain
+        risk, saved = _with_interval(own), _with_interval(plain - own)
+        measured = Measured(queries, held_out.risk, float(plain.mean()), risk[0])
         calibration = fitted if name == "none" else replace(fitted, measured=measured)
         found.append(Candidate(calibration, *risk, *saved, float(right.mean())))
     lowest = min(candidate.risk for candidate in found)

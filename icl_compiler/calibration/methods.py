@@ -84,13 +84,8 @@ def domain_context(held_out: HeldOut) -> list[Calibration]:
 
 def bias(held_out: HeldOut) -> list[Calibration]:
     """A temperature and an offset for each label, for several widths of the offsets' prior."""
-    found = []
-    numbers, offsets = _fit([held_out.evidence.middle], held_out.targets, [1.0])
-    for width in _WIDTHS:
-        begin = [*numbers, *(offsets if len(offsets) else np.zeros(held_out.targets.shape[1]))]
-        numbers, offsets = _fit([held_out.evidence.middle], held_out.targets, [1.0], width=width, begin=begin)
-        found.append(_nearest(held_out, Calibration("bias", scale=numbers[0], offsets=offsets)))
-    return found
+    _, *shrunk = _fit_with_offsets([held_out.evidence.middle], held_out.targets, [1.0])
+    return [_nearest(held_out, Calibration("bias", scale, offsets)) for [scale], offsets in shrunk]
 
 
 def mixture(held_out: HeldOut) -> list[Calibration]:
@@ -109,17 +104,11 @@ def product(held_out: HeldOut) -> list[Calibration]:
     vote, votes = _best_vote(held_out.evidence.voters, _VOTES, held_out.targets)
     heard = votes.sum(axis=1, keepdims=True) > 0
     logs = np.log(np.where(heard, np.maximum(votes, LEAST_PROBABILITY), 1.0))
-    features, usual = [held_out.evidence.middle, logs], [1.0, 0.0]
-    found = []
-    numbers, offsets = _fit(features, held_out.targets, usual)
-    for width in (None, *_WIDTHS):
-        if width:
-            begin = [*numbers, *(offsets if len(offsets) else np.zeros(held_out.targets.shape[1]))]
-            numbers, offsets = _fit(features, held_out.targets, usual, width=width, begin=begin)
-        scale, weight = numbers
-        fitted = Calibration("product", scale, offsets if width else None, vote, "log", weight)
-        found.append(_nearest(held_out, fitted, votes))
-    return found
+    fits = _fit_with_offsets([held_out.evidence.middle, logs], held_out.targets, [1.0, 0.0])
+    return [
+        _nearest(held_out, Calibration("product", scale, offsets, vote, "log", weight), votes)
+        for [scale, weight], offsets in fits
+    ]
 
 
 def knn(held_out: HeldOut) -> list[Calibration]:
@@ -191,6 +180,21 @@ def _fit(
     bounds = [(0.0, None)] * count + [(None, None)] * (len(unknown) - count)
     found = minimize(loss, np.array(begin or unknown), jac=True, method="L-BFGS-B", bounds=bounds).x
     return found[:count].tolist(), found[count:]
+
+
+def _fit_with_offsets(
+    features: Sequence[Float[np.ndarray, "queries labels"]],
+    targets: Float[np.ndarray, "queries labels"],
+    usual: Sequence[float],
+) -> list[tuple[list[float], Float[np.ndarray, " labels"] | None]]:
+    """`_fit` without offsets, and then with some for each width of their prior, each from where the last one ended."""
+    numbers, _ = _fit(features, targets, usual)
+    found: list[tuple[list[float], Float[np.ndarray, " labels"] | None]] = [(numbers, None)]
+    offsets = np.zeros(targets.shape[1])
+    for width in _WIDTHS:
+        numbers, offsets = _fit(features, targets, usual, width=width, begin=[*numbers, *offsets])
+        found.append((numbers, offsets))
+    return found
 
 
 def _fit_mixture(
