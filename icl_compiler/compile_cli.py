@@ -163,7 +163,13 @@ ENOUGH_OTHERS = 50
     default=200,
     type=WholeNumber(min=10),
     metavar="N",
-    help="Rows of DATA asked to calibrate; a search has asked.",
+    help="Held-out rows asked to calibrate; a search has asked.",
+)
+@click.option(
+    "--validation",
+    metavar="DATA",
+    help="Other labelled data to hold out, for search and calibration, in place of rows of DATA: where labels come as "
+    "often as in use.",
 )
 @click.option(
     "--reference",
@@ -210,6 +216,7 @@ def compile_command(
     columns: Columns,
     calibration: str | None,
     calibrate_on: int,
+    validation: str | None,
     reference: Path | None,
     backend: str | None,
     server: str | None,
@@ -231,7 +238,7 @@ def compile_command(
       icl compile train.csv -o program --where lang=de --per-label 2
       icl compile train.csv -o program -O2 --budget 512 --time-limit 30
       icl compile train.csv -o program --layout clustered --clusters 20
-      icl compile train.csv -o program --calibration auto
+      icl compile train.csv -o program --calibration auto --validation dev.csv
       icl compile hf:ag_news -o program --examples 1000 --test test.csv
     """
     from icl_compiler.artifact import require_replaceable, save_program
@@ -255,14 +262,24 @@ def compile_command(
     require_replaceable(output, kind="program")
     if not searches and calibration == "none" and reference:
         raise click.UsageError("--reference says what to calibrate towards; give --calibration auto too, or -O2")
+    if not searches and calibration == "none" and validation:
+        raise click.UsageError(
+            f"-O{level} holds nothing out; --validation is for --calibration auto, and for -O2 and -O3"
+        )
+    if calibration == "knn" and validation:
+        raise click.UsageError("--calibration knn keeps what the model says of rows of DATA; leave --validation out")
     dataset = columns.load(data)
     warnings = list(dataset.warnings)
     corrections = 0
     if from_feedback is not None:
         dataset, corrections = _with_feedback(dataset, from_feedback, output)
+    held_out = None if validation is None else columns.load(validation)
     if test is not None:
         dataset, dropped = columns.without_test(dataset, test)
         warnings += dropped
+        if held_out is not None:
+            held_out, dropped = columns.without_test(held_out, test)
+            warnings += dropped
     for warning in warnings:
         say(f"Warning: {warning}")
     program = compile_program(
@@ -295,7 +312,7 @@ def compile_command(
     if reference is not None:
         described = resolve("reference", REFERENCES, "folder")(reference)
         target = described.predictor(dtype=dtype)
-        among, told = _not_trained_on(described, program)
+        among, told = _not_trained_on(described, program.pool.data if held_out is None else held_out)
         for warning in told:
             say(f"Warning: {warning}")
         warnings += told
@@ -316,6 +333,7 @@ def compile_command(
                     calibrations=None if calibration == "auto" else ["none" if later else calibration],
                     reference=target,
                     among=among,
+                    validation=held_out,
                     metric=metric,
                     layouts=search_layouts,
                     log=log,
@@ -327,7 +345,7 @@ def compile_command(
             raise
     choice = None
     if engine is not None and later and calibration != "none":
-        program, choice = _calibrated(program, engine, calibration, calibrate_on, target, among)
+        program, choice = _calibrated(program, engine, calibration, calibrate_on, target, among, held_out)
     save_program(program, output, trace=trace)
     if trace:
         log.unlink(missing_ok=True)
@@ -388,12 +406,14 @@ def _calibrated(
     queries: int,
     reference: "Predictor | None",
     among: list[int] | None,
+    validation: "Dataset | None",
 ) -> "tuple[Program, Choice]":
-    """The program with the calibration `name`, or with what serves best on rows of its pool."""
+    """The program with the calibration `name`, or with what serves best on held-out rows."""
     from icl_compiler.calibration.calibrating import calibrate
     from icl_compiler.compile import with_calibration
 
-    rows = len(program.pool.data) if among is None else len(among)
+    held_out = program.pool.data if validation is None else validation
+    rows = len(held_out if among is None else among)
     with progress_bar("calibrating", min(queries, rows), "text") as advance:
         program, choice = calibrate(
             program,
@@ -402,6 +422,7 @@ def _calibrated(
             candidates=None if name == "auto" else [name],
             reference=reference,
             among=among,
+            validation=validation,
             seed=program.settings.seed,
             progress=advance,
         )
@@ -468,18 +489,19 @@ def _with_feedback(dataset: "Dataset", given: str, output: Path) -> "tuple[Datas
     return amended(dataset, [(correction.text, correction.label) for correction in found]), len(found)
 
 
-def _not_trained_on(reference: Any, program: "Program") -> tuple[list[int] | None, list[str]]:
-    """Rows of the pool to ask the reference about: those it was not trained on, if they are enough; else a warning."""
-    trained = reference.trained_on(program.pool.data.texts)
+def _not_trained_on(reference: Any, data: "Dataset") -> tuple[list[int] | None, list[str]]:
+    """Rows to ask the reference about: those it was not trained on, if they are enough; else a warning."""
+    trained = reference.trained_on(data.texts)
     if trained is None or not trained.any():
         return None, []
     others = [row for row, known in enumerate(trained.tolist()) if not known]
     if len(others) >= ENOUGH_OTHERS:
         return others, []
     return None, [
-        f"the reference was trained on {counted(int(trained.sum()), 'row')} of the pool, and answers these more surely "
-        f"than others; it is approximated on them, too, as {counted(len(others), 'other row')} would be too few "
-        f"(of {ENOUGH_OTHERS}): fine-tune it on other rows, or with a larger --held-out"
+        f"the reference was trained on {counted(int(trained.sum()), 'row')} of {data.source}, and answers these more "
+        f"surely than others; it is approximated on them, too, as {counted(len(others), 'other row')} would be too few "
+        f"(of {ENOUGH_OTHERS}): fine-tune it on other rows, or with a larger --held-out, or give other rows "
+        "with --validation"
     ]
 
 

@@ -427,7 +427,7 @@ def test_a_reference_is_approximated_on_rows_that_it_was_not_trained_on(level, o
     asked = {lines.index(f"{text},{text.split()[0]}") for text in importlib.import_module("sure_reference").ASKED}
     assert asked
     assert (max(asked) < others) == alone
-    told = "the reference was trained on 100 rows of the pool, and answers these more surely than others"
+    told = f"trained on 100 rows of {tmp_path / 'rows.csv'}, and answers these more surely than others"
     assert (told in " ".join(done.stderr.split())) != alone
 
 

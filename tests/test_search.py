@@ -274,7 +274,7 @@ def test_one_calibration_can_be_asked_for(encoder_without_a_model):
 
 
 def test_too_few_rows_are_refused_and_few_queries_are_not(encoder_without_a_model):
-    with pytest.raises(DataError, match="7 rows of the pool can be asked within the budget, and a search holds out 8"):
+    with pytest.raises(DataError, match="7 rows of words can be asked within the budget, and a search holds out 8"):
         optimise(variants(words_with_labels(7)).base, EchoBackend())
     program, trace = optimise(variants().base, EchoBackend(), queries=5)
     assert program.calibration.method == "none"

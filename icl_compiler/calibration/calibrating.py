@@ -1,10 +1,11 @@
-"""Calibrate a program: ask the model about rows of its pool, fit, choose. The only part that runs a model.
+"""Calibrate a program: ask the model about held-out rows, fit, choose. The only part that runs a model.
 
 It costs one prompt for each held-out query, 21 more for each of `contextual` and `domain-context`, one for `pmi`; what
 a query costs later does not change, but for the search of its voters.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,7 +16,8 @@ from icl_compiler.calibration.law import Calibration, Evidence, softmax
 from icl_compiler.calibration.methods import MOST_VOTERS
 from icl_compiler.calibration.votes import Vote, Voters
 from icl_compiler.compile import with_calibration
-from icl_compiler.errors import LabelError
+from icl_compiler.data import Dataset
+from icl_compiler.errors import DataError, LabelError
 from icl_compiler.predictor import Predictor
 from icl_compiler.program import Program, Prompt
 from icl_compiler.registry import CALIBRATIONS
@@ -39,6 +41,7 @@ def calibrate(
     candidates: Sequence[str] | None = None,
     reference: Predictor | None = None,
     among: Sequence[int] | None = None,
+    validation: Dataset | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Program, Choice]:
@@ -47,11 +50,12 @@ def calibrate(
     Args:
         queries: how many rows of the pool are asked, drawn uniformly; all where there are fewer.
         reference: whose law is to be approximated; without one, the right labels are.
-        among: rows of the pool that may be asked about, all by default. A reference answers rows that it was trained on
-            more surely than others, and is to be approximated on others.
+        among: rows that may be asked about, all by default. A reference answers rows that it was trained on more surely
+            than others, and is to be approximated on others.
+        validation: data whose rows are asked in place of the pool's.
 
     Raises:
-        LabelError: if the program generates text, or the reference has other labels.
+        LabelError: if the program generates text, or reference or validation data have other labels.
         CalibrationError: if there are too few rows.
     """
     held_out = score_held_out(
@@ -61,6 +65,7 @@ def calibrate(
         candidates=candidates,
         reference=reference,
         among=among,
+        validation=validation,
         seed=seed,
         progress=progress,
     )
@@ -76,18 +81,20 @@ def score_held_out(
     candidates: Sequence[str] | None = None,
     reference: Predictor | None = None,
     among: Sequence[int] | None = None,
+    validation: Dataset | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> HeldOut:
-    """Ask the model, and the reference if there is one, about rows of the pool; see `calibrate`."""
+    """Ask the model, and the reference if there is one, about held-out rows; see `calibrate`."""
     if program.task != "classification":
         raise LabelError("this program generates text, it has no labels whose probabilities could be calibrated")
     require_same_labels(program, reference)
+    data = held_out_data(program, validation)
     names = tuple(CALIBRATIONS) if candidates is None else tuple(candidates)
     draw = np.random.default_rng(seed)
-    there = np.arange(len(program.pool.data)) if among is None else np.asarray(among)
+    there = np.arange(len(data)) if among is None else np.asarray(among)
     rows = np.sort(draw.choice(there, size=min(queries, len(there)), replace=False))
-    texts = [program.pool.data.texts[row] for row in rows.tolist()]
+    texts = [data.texts[row] for row in rows.tolist()]
     asked = with_voters(program) if set(names) & set(WITH_VOTERS) else program
     sets = asked.prompt_sets(texts)
     extra = {name: _prior_prompts(name, program, sets, texts, draw) for name in names}
@@ -106,8 +113,8 @@ def score_held_out(
         of_reference = said.probabilities[:, [said.labels.index(label) for label in program.labels]]
     upper = None if scores.upper is None else scores.upper[: len(first)]
     own = LabelScores(scores.logprobs[: len(first)], scores.usage, upper).averaged(program.settings.ensembles)
-    found = held_out_of(asked, rows.tolist(), [prompts[0] for prompts in sets], own)
-    return HeldOut(found.rows, found.labels, found.evidence, priors, of_reference, scores.usage)
+    found = held_out_of(asked, rows.tolist(), [prompts[0] for prompts in sets], own, validation)
+    return replace(found, priors=priors, reference=of_reference, usage=scores.usage)
 
 
 def require_same_labels(program: Program, reference: Predictor | None) -> None:
@@ -127,18 +134,47 @@ def with_voters(program: Program) -> Program:
     return with_calibration(program, Calibration("mixture", vote=Vote(MOST_VOTERS)))
 
 
-def held_out_of(program: Program, rows: Sequence[int], prompts: Sequence[Prompt], scores: LabelScores) -> HeldOut:
-    """Held-out queries from what is there already: the prompts for these rows of the pool, and their first scores.
+def held_out_data(program: Program, validation: Dataset | None) -> Dataset:
+    """Of which rows are held out: validation data that suit the program, if there are some, else its pool.
+
+    Raises:
+        DataError: if the program is of another task.
+        LabelError: if the validation data have labels that the program lacks.
+    """
+    if validation is None:
+        return program.pool.data
+    if validation.task != program.task:
+        raise DataError(f"{validation.source} is for {validation.task}, and the program for {program.task}")
+    unknown = sorted(set(validation.labels) - set(program.labels))
+    if unknown:
+        several = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise LabelError(
+            f"{validation.source} has the label {unknown[0]!r}{several}, which {program.pool.data.source} lacks; "
+            "leave these rows out, or add some to what is compiled"
+        )
+    return validation
+
+
+def held_out_of(
+    program: Program,
+    rows: Sequence[int],
+    prompts: Sequence[Prompt],
+    scores: LabelScores,
+    validation: Dataset | None = None,
+) -> HeldOut:
+    """Held-out queries from what is there already: the prompts for these rows, and their first scores.
 
     The votes are known if the prompts are of `with_voters(program)`.
     """
     number = {label: i for i, label in enumerate(program.labels)}
-    labels = np.array([number[program.pool.data.answers[row]] for row in rows], dtype=np.int64)
+    answers = held_out_data(program, validation).answers
+    labels = np.array([number[answers[row]] for row in rows], dtype=np.int64)
     given = [prompt.voters for prompt in prompts if prompt.voters is not None]
     voters = Voters.joined(given) if given else None
     upper = None if scores.upper is None else scores.upper[: len(rows)]
     evidence = Evidence(scores.logprobs[: len(rows)], upper, voters)
-    return HeldOut(np.array(rows, dtype=np.int64), labels, evidence, usage=scores.usage)
+    numbers = np.array(rows, dtype=np.int64)
+    return HeldOut(numbers, labels, evidence, usage=scores.usage, of_pool=validation is None)
 
 
 def _prior_prompts(

@@ -1,11 +1,12 @@
 """Held-out queries: rows of a program's own pool, each asked without itself, so that no row is lost to calibration.
 
-A program leaves out the rows with the query's own text, in the prompt and among the voters; its pool then differs from
-the one that new queries meet by a row.
+- A program leaves out the rows with the query's own text, in the prompt and among the voters; its pool then differs
+  from the one that new queries meet by a row.
+- Validation data may stand in their place: where labels come as often as in use, and not as in the pool.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Float, Int64
@@ -24,12 +25,13 @@ class HeldOut:
     """Queries with their right labels, and what the model and the other rows say of them.
 
     Attributes:
-        rows: of the pool, each once.
+        rows: of the pool, or of the validation data, each once.
         labels: number of the right label of each.
         evidence: log-probabilities, and the votes of the other rows where they were asked for.
         priors: laws of the labels without a query, each a row that sums to 1, by the method that wants them.
         reference: probabilities of the labels by a reference, which are approximated then in place of the right labels.
         usage: what the answers cost.
+        of_pool: whether the rows are the pool's.
     """
 
     rows: Int64[np.ndarray, " queries"]
@@ -38,6 +40,7 @@ class HeldOut:
     priors: Mapping[str, Float[np.ndarray, " labels"]] = field(default_factory=dict)
     reference: Float[np.ndarray, "queries labels"] | None = None
     usage: Usage = _NOTHING
+    of_pool: bool = True
 
     @property
     def targets(self) -> Float[np.ndarray, "queries labels"]:
@@ -68,7 +71,8 @@ class HeldOut:
         """Some of the queries."""
         reference = None if self.reference is None else self.reference[queries]
         evidence = self.evidence.take(queries)
-        return HeldOut(self.rows[queries], self.labels[queries], evidence, self.priors, reference)
+        rows, labels = self.rows[queries], self.labels[queries]
+        return replace(self, rows=rows, labels=labels, evidence=evidence, reference=reference)
 
 
 def log_loss(

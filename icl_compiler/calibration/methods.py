@@ -113,6 +113,8 @@ def product(held_out: HeldOut) -> list[Calibration]:
 
 def knn(held_out: HeldOut) -> list[Calibration]:
     """kNN prompting (Xu et al. 2023, arXiv 2303.13824), over the labels; all held-out queries become anchors."""
+    if not held_out.of_pool:
+        return []  # a program keeps the labels of its pool only
     logprobs = held_out.evidence.middle
     others = np.where(np.eye(len(logprobs), dtype=bool), -1, held_out.labels[None, :])
     vote, votes = _best_vote(nearest_answers(logprobs, logprobs, others), _ANSWER_VOTES, held_out.targets)

@@ -1,4 +1,4 @@
-"""What a variant costs on held-out queries: rows of the pool, each asked without itself.
+"""What a variant costs on held-out queries: rows of the pool, each asked without itself, or of validation data.
 
 - The queries are the same for all variants, in one random order, so that differences between variants are paired.
 - Labels: log-loss of the right label, or the total variation to a reference; after a calibration that is fitted
@@ -17,11 +17,12 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from icl_compiler.backends.backend import Backend, LabelScores, Progress, Usage
-from icl_compiler.calibration.calibrating import WITH_VOTERS, require_same_labels, with_voters
+from icl_compiler.calibration.calibrating import WITH_VOTERS, held_out_data, require_same_labels, with_voters
 from icl_compiler.calibration.choosing import LEAST_QUERIES, cross_validated
 from icl_compiler.calibration.held_out import HeldOut
 from icl_compiler.calibration.law import Evidence, softmax
 from icl_compiler.calibration.votes import Voters
+from icl_compiler.data import Dataset
 from icl_compiler.optimise.racing import OutOfTime
 from icl_compiler.optimise.score_log import Answer, ScoreLog
 from icl_compiler.optimise.variants import Variant
@@ -50,7 +51,7 @@ class Judge(Protocol):
 
     @property
     def rows(self) -> Int64[np.ndarray, " queries"]:
-        """The queries: rows of the pool, in the order in which they are asked."""
+        """The queries: rows of the pool, or of the validation data, in the order in which they are asked."""
 
     def losses(self, variant: Variant, program: Program, queries: int) -> Float[np.ndarray, " queries"]:
         """The loss of each of the first `queries` queries.
@@ -111,6 +112,7 @@ class LabelJudge:
     Args:
         calibration: name of the calibration after which a variant is judged.
         reference: whose law is to be approximated, in place of the right labels.
+        validation: data whose rows are asked, in place of the pool's.
     """
 
     def __init__(
@@ -121,8 +123,10 @@ class LabelJudge:
         *,
         calibration: str = "mixture",
         reference: Predictor | None = None,
+        validation: Dataset | None = None,
     ) -> None:
         require_same_labels(program, reference)
+        data = held_out_data(program, validation)
         self.rows = rows
         self.risk = "log-loss" if reference is None else "TV to the reference"
         self._asker = asker
@@ -130,7 +134,10 @@ class LabelJudge:
         self._reference = reference
         self._program = with_voters(_without_shots(program)) if calibration in WITH_VOTERS else None
         self._labels = program.labels
-        self._texts = [program.pool.data.texts[row] for row in rows.tolist()]
+        self._texts = [data.texts[row] for row in rows.tolist()]
+        number = {label: i for i, label in enumerate(program.labels)}
+        self._right = np.array([number[data.answers[row]] for row in rows.tolist()], dtype=np.int64)
+        self._of_pool = validation is None
         self._answers: dict[Variant, list[Answer]] = {}
         self._voters: list[Voters] = []
         self._targets: list[Float[np.ndarray, "some labels"]] = []
@@ -158,10 +165,8 @@ class LabelJudge:
         self._complete(queries)
         voters = Voters.joined(self._voters).take(np.arange(queries)) if self._voters else None
         reference = np.concatenate(self._targets)[:queries] if self._targets else None
-        rows = self.rows[:queries]
-        number = {label: i for i, label in enumerate(program.labels)}
-        labels = np.array([number[program.pool.data.answers[row]] for row in rows.tolist()], dtype=np.int64)
-        return HeldOut(rows, labels, Evidence(logprobs, upper, voters), reference=reference)
+        evidence = Evidence(logprobs, upper, voters)
+        return HeldOut(self.rows[:queries], self._right[:queries], evidence, reference=reference, of_pool=self._of_pool)
 
     def _complete(self, queries: int) -> None:
         """Ask neighbours and reference about the first `queries` queries: that is the same for all variants."""
@@ -211,13 +216,19 @@ class TargetJudge:
     """How likely the right targets are, or how often greedy decoding misses them."""
 
     def __init__(
-        self, asker: Asker, program: Program, rows: Int64[np.ndarray, " queries"], metric: Metric = "likelihood"
+        self,
+        asker: Asker,
+        program: Program,
+        rows: Int64[np.ndarray, " queries"],
+        metric: Metric = "likelihood",
+        *,
+        validation: Dataset | None = None,
     ) -> None:
         self.rows = rows
         self.risk = METRICS[metric]
         self._asker = asker
         self._score = self._likelihoods if metric == "likelihood" else self._misses
-        data = program.pool.data
+        data = held_out_data(program, validation)
         self._texts = [data.texts[row] for row in rows.tolist()]
         self._targets = [data.answers[row] for row in rows.tolist()]
         self._losses: dict[Variant, list[float]] = {}

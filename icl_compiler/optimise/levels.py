@@ -10,7 +10,8 @@
 - -O2 starts from -O1, and compares with it once more at the end.
 - From -O2 on a program of labels is calibrated with what the search has asked already; those of model and votes are
   among the candidates, so that the neighbours alone are.
-- Held-out rows are all rows of the pool that can be a query, in one random order, each asked without itself.
+- Held-out rows are all rows of the pool that can be a query, each asked without itself, or those of validation data;
+  in one random order.
 """
 
 import time
@@ -23,12 +24,14 @@ import numpy as np
 
 from icl_compiler.backends.backend import Backend, Progress
 from icl_compiler.calibration.calibrating import QUERIES as CALIBRATION_QUERIES
+from icl_compiler.calibration.calibrating import held_out_data
 from icl_compiler.calibration.choosing import LEAST_QUERIES, fit_and_choose
 from icl_compiler.compile import laid_out, with_calibration
+from icl_compiler.data import Dataset
 from icl_compiler.errors import DataError
 from icl_compiler.optimise.judges import Asker, Judge, LabelJudge, Metric, TargetJudge
 from icl_compiler.optimise.layout_choice import cheapest_layout
-from icl_compiler.optimise.level_three import OF_LEVEL_2, Apart, level_3, set_apart
+from icl_compiler.optimise.level_three import OF_LEVEL_2, level_3, set_apart
 from icl_compiler.optimise.racing import OutOfTime
 from icl_compiler.optimise.score_log import ScoreLog
 from icl_compiler.optimise.search import Races, Space
@@ -68,6 +71,7 @@ def optimise(
     calibrations: Sequence[str] | None = None,
     reference: Predictor | None = None,
     among: Sequence[int] | None = None,
+    validation: Dataset | None = None,
     metric: Metric = "likelihood",
     layouts: bool = False,
     log: Path | None = None,
@@ -83,38 +87,47 @@ def optimise(
         calibrations: of which the best is taken, and with which variants are judged if it is one; by default all that
             need no further prompts.
         reference: whose law is to be approximated, in place of the right labels.
-        among: rows of the pool that may be asked about, all by default; see `calibrate`.
+        among: held-out rows that may be asked about, all by default; see `calibrate`.
+        validation: data whose rows are held out, in place of the pool's.
         metric: for targets; labels are judged by log-loss.
         layouts: whether the layout is searched too (`layout_choice`), for a quarter of `queries` at most.
         log: file that keeps what the model says, so that a search that was killed goes on; see `ScoreLog`.
 
     Raises:
         DataError: if there are too few rows to hold some out.
-        LabelError: if the reference has other labels.
+        LabelError: if reference or validation data have other labels.
         CalibrationError: if none of the calibrations can be fitted to what was asked.
     """
     queries = QUERIES[level] if queries is None else queries
     started = time.monotonic()
     answers = ScoreLog(log)
     asker = Asker(backend, answers, deadline=started + time_limit_s, progress=progress)
-    variants = Variants(base)
+    held_out = held_out_data(base, validation)
+    variants = Variants(base, held_out)
     space = _space(variants, fixed)
     rows = variants.askable([variants.own.template])
     if among is not None:
         rows = np.intersect1d(rows, among)
     if len(rows) < LEAST_ROWS:
         raise DataError(
-            f"{len(rows)} rows of the pool can be asked within the budget, and a search holds out {LEAST_ROWS} at "
-            "least; give more rows, or compile with -O1"
+            f"{len(rows)} rows of {held_out.source} can be asked within the budget, and a search holds out "
+            f"{LEAST_ROWS} at least; give more rows, or compile with -O1"
         )
-    rows = np.random.default_rng(base.settings.seed).permutation(rows)
-    rows, learned_from = set_apart(rows, queries) if level == 3 else Apart(rows, rows[:0])
+    draw = np.random.default_rng(base.settings.seed)
+    rows, learned_from = draw.permutation(rows), rows[:0]
+    if level == 3 and validation is None:
+        rows, learned_from = set_apart(rows, queries)
+    elif level == 3:  # the pool is free to be learned from, but for what is asked
+        asked = {held_out.texts[row] for row in rows.tolist()}
+        others = [row for row, text in enumerate(base.pool.data.texts) if text not in asked]
+        free = np.intersect1d(Variants(base).askable([variants.own.template]), others)
+        _, learned_from = set_apart(draw.permutation(free), queries)
     judge: Judge
     if base.labels:
         after = calibrations[0] if calibrations is not None and len(calibrations) == 1 else "mixture"
-        judge = LabelJudge(asker, base, rows, calibration=after, reference=reference)
+        judge = LabelJudge(asker, base, rows, calibration=after, reference=reference, validation=validation)
     else:
-        judge = TargetJudge(asker, base, rows, metric)
+        judge = TargetJudge(asker, base, rows, metric, validation=validation)
     most = queries - int(OF_LAYOUTS * queries) if layouts else queries
     first = int(OF_LEVEL_2 * most) if level == 3 else most
     chosen = int(OF_STATIC * first) if base.settings.retriever == "static" else 0
@@ -141,6 +154,7 @@ def optimise(
         "level": level,
         "risk": judge.risk,
         "rows": len(rows),
+        "rows_of": "the pool" if validation is None else "the validation data",
         "search_queries": queries,
         "prompts_asked": answers.asked,
         "time_was_up": any("time was up" in row.get("why", row.get("note", "")) for row in trace),

@@ -23,7 +23,8 @@ def table(trace: Sequence[Mapping[str, Any]]) -> str:
     how, *rows = trace
     asked = f"{how['prompts_asked']:,} prompts asked of at most {how['search_queries']:,}"
     late = ", until the time was up" if how["time_was_up"] else ""
-    lines = [f"-O{how['level']}: {how['risk']} on {how['rows']:,} held-out rows of the pool; {asked}{late}"]
+    held_out = f"{how['rows']:,} held-out rows of {how.get('rows_of', 'the pool')}"
+    lines = [f"-O{how['level']}: {how['risk']} on {held_out}; {asked}{late}"]
     raced = [row for row in rows if "race" in row]
     names = {id(row): f"{row.get('candidate', '-')}  {_variant(row)}" for row in raced}
     width = max([len(name) for name in names.values()], default=0)

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from icl_compiler.compile import laid_out, new_retriever, with_reranker
+from icl_compiler.data import Dataset
 from icl_compiler.errors import BudgetError
 from icl_compiler.layouts import Layout
 from icl_compiler.program import SAME_FOR_ALL, Pool, Program, encode_pool
@@ -61,21 +62,31 @@ class Variant(NamedTuple):
         )
 
 
+class _Encoded(NamedTuple):
+    """A template, the rows of the pool in it, and how many tokens each held-out row would have as a shot."""
+
+    template: EncodedTemplate
+    pool: Pool
+    sizes: Int64[np.ndarray, " rows"]
+
+
 class Variants:
     """The variants of `base`: all have its model, pool, budget, layout and seed.
 
     Attributes:
+        held_out: the data whose rows are asked: the base's pool, or validation data.
         instructions: Jinja texts by their names.
         reranker: of the variants that have one; learned for one retriever.
     """
 
-    def __init__(self, base: Program) -> None:
+    def __init__(self, base: Program, held_out: Dataset | None = None) -> None:
         self.base = base
+        self.held_out = base.pool.data if held_out is None else held_out
         self.instructions: dict[str, str] = {}
         self.reranker = base.reranker
         self._indexes: dict[str, Retriever] = {base.settings.retriever: base.retriever}
         self._programs: dict[Variant, Program] = {}
-        self._templates = {(base.template.template.name, ""): (base.template, base.pool)}
+        self._templates = {(base.template.template.name, ""): self._encoded(base.template, base.pool)}
 
     @property
     def own(self) -> Variant:
@@ -92,7 +103,7 @@ class Variants:
             LabelError: if one of its label words is a prefix of another.
         """
         if variant not in self._programs:
-            encoded, pool = self._template(variant.template, variant.instruction)
+            encoded, pool, _ = self._template(variant.template, variant.instruction)
             settings = replace(
                 self.base.settings, retriever=variant.retriever, shots=variant.shots, order=variant.order,
                 per_label=variant.per_label, ensembles=variant.ensembles,
@@ -116,35 +127,40 @@ class Variants:
         return min(max(1, room // middle), len(sizes))
 
     def require_askable(self, variant: Variant, rows: Int64[np.ndarray, " queries"]) -> None:
-        """Nothing, if each of these rows of the pool fits the budget as a query.
+        """Nothing, if each of these held-out rows fits the budget as a query.
 
         Raises:
             BudgetError: if one does not.
         """
         program = self.program(variant)
         answer = max((len(word) for word in program.label_words), default=0)
-        longest = int(np.diff(program.pool.offsets)[rows].max()) + len(program.template.head) + answer
+        _, _, sizes = self._template(variant.template, variant.instruction)
+        longest = int(sizes[rows].max()) + len(program.template.head) + answer
         budget = self.base.settings.budget
         if longest > budget:
             raise BudgetError(f"a prompt without shots has up to {longest} tokens, and the budget is {budget}")
 
     def askable(self, templates: Sequence[str]) -> Int64[np.ndarray, " rows"]:
-        """Rows of the pool that are no longer, in any of these templates, than what the budget holds without shots."""
-        fits = np.ones(len(self.base.pool.data), dtype=bool)
+        """Held-out rows that are no longer, in any of these templates, than what the budget holds without shots."""
+        fits = np.ones(len(self.held_out), dtype=bool)
         for name in templates:
-            encoded, pool = self._template(name, "")
+            encoded, _, sizes = self._template(name, "")
             answer = max((len(word) for word in encoded.label_words()), default=0)
-            fits &= np.diff(pool.offsets) + len(encoded.head) + answer <= self.base.settings.budget
+            fits &= sizes + len(encoded.head) + answer <= self.base.settings.budget
         return np.flatnonzero(fits).astype(np.int64)
 
-    def _template(self, name: str, instruction: str) -> tuple[EncodedTemplate, Pool]:
+    def _encoded(self, template: EncodedTemplate, pool: Pool) -> "_Encoded":
+        held_out = pool if self.held_out is pool.data else encode_pool(template, self.held_out)
+        return _Encoded(template, pool, np.diff(held_out.offsets))
+
+    def _template(self, name: str, instruction: str) -> "_Encoded":
         if (name, instruction) not in self._templates:
             base = self.base.template
             own = base.template if name == base.template.name else Template.from_name(name)
             text = own.with_instruction(instruction, self.instructions[instruction]) if instruction else own
             encoded = EncodedTemplate.build(text, base.tokenizer, base.labels)
             encoded.label_words()
-            self._templates[name, instruction] = (encoded, encode_pool(encoded, self.base.pool.data))
+            self._templates[name, instruction] = self._encoded(encoded, encode_pool(encoded, self.base.pool.data))
         return self._templates[name, instruction]
 
     def index(self, name: str, rows: Sequence[int] = ()) -> Retriever:
