@@ -18,6 +18,8 @@ all systems. `SYSTEMS` is the table of what is compared; whoever adds one writes
   those that are missing are trained: `--method rsr` with its defaults, on `--reference-examples` rows, two seeds. The
   search and the calibration then approximate the first one, on rows that it was not trained on; `tv` is the mean TV
   to it, `floor` that between the two, and the second one is a system too.
+- `--validation N` draws N further test rows, which are no queries: `O1-validated` and `O2-validated` calibrate, and
+  search, on those in place of the pool's, as with `icl compile --validation`.
 - Differences are those of -O2 less a system, query by query, with 95 % intervals, each by itself: of accuracy and TV by
   betting, of log-loss, which has no small range, Student's, which is approximate.
 
@@ -80,6 +82,7 @@ class Task(NamedTuple):
     references: Sequence[Predictor] = ()  # two, or none
     shots: int = 16
     among: Sequence[int] | None = None  # rows of the pool that the first reference was not trained on
+    validation: Dataset | None = None
 
     @property
     def reference(self) -> Predictor | None:
@@ -96,11 +99,13 @@ class Answer(NamedTuple):
     settings: Row
 
 
-def at_level(level: Literal[0, 1, 2, 3], calibrated: bool) -> Callable[[Task], Answer]:
+def at_level(level: Literal[0, 1, 2, 3], calibrated: bool, validated: bool = False) -> Callable[[Task], Answer]:
     """A program as `icl compile -O` makes it."""
 
     def answer(task: Task) -> Answer:
         started, calls = time.perf_counter(), 0
+        held_out = task.validation if validated else None
+        among = None if validated else task.among  # the reference was not trained on test rows
         program = compile_program(
             task.pool, model=task.backend.model, encoder=ENCODER, retriever=DEFAULT_RETRIEVERS[level],
             budget=task.budget, seed=task.seed,
@@ -108,15 +113,16 @@ def at_level(level: Literal[0, 1, 2, 3], calibrated: bool) -> Callable[[Task], A
         if level == 2 or level == 3:
             WORK.mkdir(exist_ok=True)
             queries = task.search_queries * QUERIES[level] // QUERIES[2]
-            higher = "" if level == 2 else f"-O{level}"
+            higher = ("" if level == 2 else f"-O{level}") + "-validated" * validated
             log = WORK / f"{task.name}-{task.budget}-{task.search_queries}-{task.seed}{higher}.jsonl"
             program, trace = optimise(
-                program, task.backend, level=level, queries=queries, reference=task.reference, among=task.among, log=log
-            )
+                program, task.backend, level=level, queries=queries, reference=task.reference, among=among,
+                validation=held_out, log=log,
+            )  # fmt: skip
             calls = trace[0]["prompts_asked"]
         elif calibrated:
             program, choice = calibrate(
-                program, task.backend, reference=task.reference, among=task.among, seed=task.seed
+                program, task.backend, reference=task.reference, among=among, validation=held_out, seed=task.seed
             )
             calls = choice.queries
         seconds = time.perf_counter() - started
@@ -167,10 +173,14 @@ SYSTEMS: Mapping[str, Callable[[Task], Answer]] = {
     "O1": at_level(1, calibrated=False),
     "O1-calibrated": at_level(1, calibrated=True),
     "O2": at_level(2, calibrated=True),
+    "O1-validated": at_level(1, calibrated=True, validated=True),
+    "O2-validated": at_level(2, calibrated=True, validated=True),
     "O3": at_level(3, calibrated=True),
     **{name: chosen_by(name) for name in PEERS},
     "fine-tuned": fine_tuned,
 }
+VALIDATED = ("O1-validated", "O2-validated")
+_KEY = 9  # parts of the key of a row without validation data
 
 
 def _told(program: Program) -> Row:
@@ -280,7 +290,7 @@ def table() -> str:
 def differences(row: Row) -> dict[str, Difference]:
     """-O2 less the system of this row, in the same setting; nothing where not both kept each query."""
     each = {json.dumps(kept["key"]): kept for kept in rows_of(EACH_QUERY / f"{row['dataset']}.jsonl")}
-    best = [*row["key"][:2], "O2", *row["key"][3:]]
+    best = [*row["key"][:2], "O2", *row["key"][3:_KEY]]
     ours, theirs = (each.get(json.dumps(key), {}) for key in (best, row["key"]))
     if ours is theirs:
         return {}
@@ -320,6 +330,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=1000)
     parser.add_argument("--queries", type=int, default=300)
     parser.add_argument("--search-queries", type=int, default=1500)
+    parser.add_argument("--validation", type=int, default=0, metavar="N", help="test rows to calibrate on; no queries")
     parser.add_argument("--shots", type=int, default=16, help="most shots of what peers choose")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--references", type=Path, metavar="FOLDER", help="of fine-tuned models; made if missing")
@@ -337,18 +348,24 @@ def main() -> None:
             unseen, _ = train.without_texts(test.texts)
             tuned, told = references(asked.references, name, unseen, asked.reference_examples)
         for seed in asked.seeds:
-            drawn = np.sort(np.random.default_rng(seed).permutation(len(test))[: asked.queries]).tolist()
+            shuffled = np.random.default_rng(seed).permutation(len(test))
+            drawn = np.sort(shuffled[: asked.queries]).tolist()
+            others = shuffled[asked.queries : asked.queries + asked.validation].tolist()
             pool = train.subset(min(asked.pool, len(train)), seed=seed)
             among = _others(asked.references / f"{name}-0", pool) if tuned else None
             for budget in asked.budgets:
                 task = Task(
-                    name, pool, test.take(drawn), budget, asked.search_queries, seed, backend, tuned, asked.shots, among
-                )
+                    name, pool, test.take(drawn), budget, asked.search_queries, seed, backend, tuned, asked.shots,
+                    among, test.take(others) if others else None,
+                )  # fmt: skip
                 for system in asked.systems:
                     key = [
                         name, budget, system, seed, len(pool), len(drawn), asked.search_queries, told, asked.shots
                     ]  # fmt: skip
-                    if key in [row["key"] for row in rows_of(ROWS)] or (system == "fine-tuned" and not tuned):
+                    if (system == "fine-tuned" and not tuned) or (system in VALIDATED and not others):
+                        continue
+                    key += [len(others)] if system in VALIDATED else []
+                    if key in [row["key"] for row in rows_of(ROWS)]:
                         continue
                     try:
                         row, each = measure(system, task)

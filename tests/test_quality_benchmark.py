@@ -205,6 +205,29 @@ def test_what_is_measured_is_not_measured_again(data, monkeypatch, fake, capsys)
     assert len(quality.rows_of(quality.EACH_QUERY / "subj.jsonl")) == 3
 
 
+def test_validation_rows_are_test_rows_that_are_no_queries(data, monkeypatch, task):
+    held_out = []
+
+    def calibrate(program, backend, *, validation, among, **more):
+        held_out.append(validation)
+        return real(program, backend, validation=validation, among=among, **more)
+
+    real = quality.calibrate
+    monkeypatch.setattr(quality, "calibrate", calibrate)
+    systems = ["O1-validated", "O2", "O2-validated"]
+    run(monkeypatch, "--systems", *systems, "--validation", "11", "--search-queries", "60")
+    first, _, last = rows = quality.rows_of(quality.ROWS)
+    assert [row["system"] for row in rows] == systems
+    assert first["key"][9:] == last["key"][9:] == [11]
+    [validation] = held_out
+    queries = np.sort(np.random.default_rng(0).permutation(20)[:8]).tolist()
+    assert len(validation) == 11
+    assert not set(validation.texts) & {task.queries.texts[row] for row in queries}
+    assert set(quality.differences(last)) == {"accuracy", "log_loss"}
+    run(monkeypatch, "--systems", *systems, "--search-queries", "60")
+    assert len(quality.rows_of(quality.ROWS)) == 3
+
+
 def test_missing_references_are_trained(data, monkeypatch, tmp_path):
     made = []
 
