@@ -8,6 +8,7 @@ the others: log-loss against the labels and, with references, total variation to
 
 - `0`, `0.5` and `1` are rules: the lowest risk, or the simplest method whose risk is not higher by more than so many
   standard errors of the paired difference. `icl compile` takes the lowest.
+- `log_loss` is that of the right labels, of each method and of what the lowest risk chooses, whatever the risk.
 - `best` is the one that is best on the others, which nobody knows.
 - `--references FOLDER` holds one for each dataset, FOLDER/DATASET-..., as `icl sweep` leaves them in `references/`.
 
@@ -64,6 +65,7 @@ def chosen_by(factor: float, risks: list[np.ndarray]) -> int:
 def measure(everyone: HeldOut, held_out: int, draws: int) -> Row:
     """Mean risks on the texts that were not held out, of every method and of what each rule chooses."""
     found: dict[str, list[float]] = defaultdict(list)
+    surprise: dict[str, list[float]] = defaultdict(list)
     names: dict[str, Counter[str]] = defaultdict(Counter)
     for draw in range(draws):
         order = np.random.default_rng(draw).permutation(TEXTS)
@@ -75,6 +77,7 @@ def measure(everyone: HeldOut, held_out: int, draws: int) -> Row:
                 methods.append(name)
                 risks.append(validated.risks)
                 costs.append(float(others.risks(law).mean()))
+                surprise[name].append(float(replace(others, reference=None).risks(law).mean()))
         for name, cost in zip(methods, costs, strict=True):
             found[name].append(cost)
         for factor in RULES:
@@ -82,6 +85,7 @@ def measure(everyone: HeldOut, held_out: int, draws: int) -> Row:
             found[f"{factor:g}"].append(costs[place])
             names[f"{factor:g}"][methods[place]] += 1
         found["best"].append(min(costs))
+        surprise["0"].append(surprise[methods[chosen_by(0, risks)]][-1])
     errors = {
         f"{factor:g}": float(np.std(np.subtract(found[f"{factor:g}"], found["0"]), ddof=1) / np.sqrt(draws))
         for factor in RULES[1:]
@@ -89,6 +93,7 @@ def measure(everyone: HeldOut, held_out: int, draws: int) -> Row:
     means = {name: float(np.mean(costs)) for name, costs in found.items()}
     return {
         "means": means,
+        "log_loss": {name: float(np.mean(losses)) for name, losses in surprise.items()},
         "errors_of_differences_to_0": errors,
         "chosen": {rule: dict(n) for rule, n in names.items()},
     }
