@@ -169,6 +169,12 @@ class _NumberOr(click.ParamType[str]):
     default=0.1,
     help="Largest gap that is good enough, for the verdicts.",
 )
+@click.option(
+    "--rows-of",
+    metavar="VERSION",
+    show_default="this one",
+    help="Go on with the rows that this version of icl-compiler measured, as if nothing had changed since.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be measured, and what it would cost.")
 @click.option(
     "--engine",
@@ -216,7 +222,8 @@ def sweep(
     spec = _spec(dataset, data, _changes(references, method, settings, epochs, no_baselines, given))
     loaded = {each.name: load(spec, each) for each in spec.datasets}
     planned = plan(spec, loaded)
-    for warning in [*planned.warnings, *_of_other_versions(output, planned)]:
+    others = [] if spec.rows_of else _of_other_versions(output, planned)
+    for warning in [*planned.warnings, *others]:
         say(f"Warning: {warning}")
     if dry_run:
         _tell(spec, loaded, planned, output, as_json=as_json)
@@ -250,6 +257,8 @@ def _changes(
     given: dict[str, Any],
 ) -> dict[str, object]:
     """The options that were given, as keys of a sweep."""
+    from evaluation.sweep_spec import ReferenceSpec
+
     changes: dict[str, object] = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in given.items()
@@ -260,7 +269,7 @@ def _changes(
             raise click.UsageError("--reference names what is trained; leave out --method, --set and --epochs")
         changes["references"] = [{"folder": folder} for folder in references]
     elif method or settings or epochs:
-        chosen = method or "full"
+        chosen = method or ReferenceSpec.method
         how: dict[str, object] = {"method": chosen, "settings": method_settings(chosen, settings)}
         changes["references"] = [how | ({"epochs": epochs} if epochs else {})]
     if no_baselines:
@@ -282,7 +291,7 @@ def _of_other_versions(output: Path, planned: "Plan") -> list[str]:
     versions = joined(sorted({str(row["version"]) for row in other}))
     return [
         f"{output / 'rows.jsonl'} holds {counted(len(other), 'row')} of version {versions}, and this is {own}: what is "
-        f"there stays, and every cell is measured anew; go on with {versions}, or begin another folder (-o)"
+        "there stays, and every cell is measured anew; go on with it (--rows-of), or begin another folder (-o)"
     ]
 
 
@@ -318,7 +327,7 @@ def _tell(spec: "SweepSpec", loaded: Any, planned: "Plan", output: Path, *, as_j
         click.echo(line)
     missing = [job.name for job in references_of(jobs) if job.key not in trained]
     click.echo(f"\n{len(planned.keys)} rows, of which {sum(len(job.rows) for job in jobs)} are to be measured")
-    click.echo(f"{len(missing)} references to train and ask: {', '.join(missing) or 'none'}")
+    click.echo(f"{counted(len(missing), 'reference')} to train and ask: {', '.join(missing) or 'none'}")
     if searches := sum(job.ask.searches for job in jobs):
         asked = f"{cost.search_prompts:,} prompts at most"
         click.echo(f"{counted(searches, 'search', 'searches')} of the best prompt, which ask {asked}")

@@ -2,7 +2,8 @@
 
 - A row is known by its content: the key is a hash of the examples, the queries, the model, the prompt's settings, the
   reference and the version of this package. So a sweep that is started again, or made larger, measures what is not
-  there yet, and data that changed under the same name are measured anew. Machine, commit and time are no content.
+  there yet, and data that changed under the same name are measured anew. Machine, commit and time are no content. The
+  rows of another version are gone on with only where `rows_of` names it; what is added still tells its own.
 - The pools of one seed are nested (`Dataset.subset`), and all sizes are asked the same queries.
 - At a level that searches, what is not named is searched; such a cell is known by where its search starts, what it
   leaves as it is, and how many prompts it may ask.
@@ -299,7 +300,8 @@ class _Planner:
 
     def _common(self) -> dict[str, object]:
         queries = self._data.queries.content_hash
-        return {"queries": queries, "level": self._spec.level, "version": version("icl-compiler")}
+        measured_by = self._spec.rows_of or version("icl-compiler")
+        return {"queries": queries, "level": self._spec.level, "version": measured_by}
 
     def _pairs(self, seed: int, n: int) -> list[tuple[ReferenceJob, tuple[ReferenceJob, ...]]]:
         """The references that a prompt of this seed and size is compared with, each with those of its floor."""

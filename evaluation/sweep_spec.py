@@ -72,6 +72,7 @@ class SweepSpec:
             default none, and "auto" at a level that searches.
         seeds: of the examples drawn, and of the reference each prompt is compared with.
         queries: test rows asked, drawn at random, the same everywhere; `None` is all of them.
+        rows_of: version of this package whose rows are gone on with, as if nothing had changed since; by default this.
         reference_on: whether references learn from all training data, or from the examples that the prompt has.
     """
 
@@ -95,6 +96,7 @@ class SweepSpec:
     server: str | None = None
     in_flight: int | None = None
     dtype: str = "auto"
+    rows_of: str | None = None
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, object], *, root: Path, where: str = "the sweep") -> "SweepSpec":
@@ -319,4 +321,5 @@ _READERS: Mapping[str, Callable[[object, str, Path], Any]] = {
     "server": _text,
     "in_flight": _whole(1),
     "dtype": _one_of(("auto", "bfloat16", "float32")),
+    "rows_of": _text,
 }

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +297,25 @@ def test_rows_of_another_version_are_said_to_stay(tiny: str, words: Path, tmp_pa
     told = icl("sweep", sweep, "-o", rows.parent, "--dry-run").stderr
     assert "holds 1 row of version 0.1.2, and this is " in told
     assert "of version" not in icl("sweep", sweep, "-o", tmp_path / "new", "--dry-run").stderr
+
+
+def test_rows_of_another_version_are_gone_on_with_if_it_is_named(tiny: str, words: Path, tmp_path: Path) -> None:
+    out, sweep = tmp_path / "out", tmp_path / "sweep.yaml"
+    sweep.write_text(json.dumps(settings(tiny, words) | {"sizes": [4], "baselines": []}), encoding="utf-8")
+    as_of_then = ("--rows-of", "0.1.2")
+    assert icl("sweep", sweep, "-o", out, *as_of_then).exit_code == 0
+    before = (out / "rows.jsonl").read_text()
+    shown = icl("sweep", sweep, "-o", out, *as_of_then, "--size", 4, "--size", 8, "--dry-run", "--json")
+    assert "of version" not in shown.stderr
+    assert {ask["n"] for ask in json.loads(shown.stdout)["to_do"]} == {8}
+    assert {row["version"] for row in read_rows(out / "rows.jsonl")} == {version("icl-compiler")}
+    assert len(json.loads(icl("sweep", sweep, "-o", out, "--dry-run", "--json").stdout)["to_do"]) == before.count("\n")
+
+
+def test_a_setting_of_the_training_does_not_change_the_method(tiny: str, words: Path, tmp_path: Path) -> None:
+    named = ("sweep", words, "--model", tiny, "--size", 8, "--no-baselines", "--dry-run", "-o", tmp_path / "o")
+    for more in ((), ("--epochs", 2), ("--set", "budget=0.01")):
+        assert re.search("1 reference to train and ask: .*rsr", icl(*named, *more).stdout)
 
 
 def test_what_it_would_do_is_told_without_a_model(tiny: str, words: Path, tmp_path: Path) -> None:
