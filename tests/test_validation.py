@@ -18,6 +18,7 @@ from icl_compiler.data import Dataset
 from icl_compiler.errors import CalibrationError, DataError, LabelError
 from icl_compiler.optimise.levels import optimise
 from icl_compiler.predictor import PromptedPredictor
+from icl_compiler.tokenizer import ByteTokenizer
 
 LABELS = ("card", "parcel", "refund")
 
@@ -93,6 +94,25 @@ def test_a_row_that_stands_in_the_pool_too_is_asked_without_itself():
     outside = score_held_out(plain, CountingEcho(), queries=60, candidates=["mixture"], validation=same)
     np.testing.assert_array_equal(inside.evidence.logprobs, outside.evidence.logprobs)
     np.testing.assert_array_equal(inside.evidence.voters.labels, outside.evidence.voters.labels)
+
+
+def test_a_search_for_targets_asks_them_too():
+    def pairs(first, source):
+        texts = tuple(f"say x{first + i}" for i in range(20))
+        return Dataset(texts, tuple(text.split()[1] for text in texts), "generation", source)
+
+    asked = []
+
+    class Hears(CountingEcho):
+        def sequence_logprobs(self, prompts, words, **more):
+            asked.extend(ByteTokenizer().decode(prompt).rsplit("say ", 1)[1].split()[0] for prompt in prompts)
+            return super().sequence_logprobs(prompts, words, **more)
+
+    base = compile_program(pairs(100, "train.csv"), model="echo", retriever="uniform", shots=2, budget=400)
+    _, trace = optimise(base, Hears(), queries=60, validation=pairs(500, "dev.csv"))
+    assert trace[0]["rows"] == 20
+    assert set(asked) <= {f"x{500 + i}" for i in range(20)}
+    assert len(asked) > 20
 
 
 def test_what_does_not_suit_is_refused():

@@ -145,8 +145,8 @@ def held_out_data(program: Program, validation: Dataset | None) -> Dataset:
         return program.pool.data
     if validation.task != program.task:
         raise DataError(f"{validation.source} is for {validation.task}, and the program for {program.task}")
-    unknown = sorted(set(validation.labels) - set(program.labels))
-    if unknown:
+    unknown = sorted(set(validation.answers) - set(program.labels))
+    if program.labels and unknown:
         several = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise LabelError(
             f"{validation.source} has the label {unknown[0]!r}{several}, which {program.pool.data.source} lacks; "
