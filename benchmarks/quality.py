@@ -21,7 +21,8 @@ all systems. `SYSTEMS` is the table of what is compared; whoever adds one writes
 - `--validation N` draws N further test rows, which are no queries: `O1-validated` and `O2-validated` calibrate, and
   search, on those in place of the pool's, as with `icl compile --validation`.
 - Differences are those of -O2 less a system, query by query, with 95 % intervals, each by itself: of accuracy and TV by
-  betting, of log-loss, which has no small range, Student's, which is approximate.
+  betting, of log-loss, which has no small range, Student's, which is approximate. With several `--pool`, one after the
+  other, the largest is compared with the others in the same way.
 
 Rows are appended to `benchmarks/rows/quality.jsonl`, and for each of them what happened at each query to
 `benchmarks/rows/quality/DATASET.jsonl`; what stands there is not measured again, so that the command can be stopped at
@@ -181,6 +182,7 @@ SYSTEMS: Mapping[str, Callable[[Task], Answer]] = {
 }
 VALIDATED = ("O1-validated", "O2-validated")
 _KEY = 9  # parts of the key of a row without validation data
+_POOL = 4  # where in it the size of the pool stands
 
 
 def _told(program: Program) -> Row:
@@ -284,14 +286,35 @@ def table() -> str:
         lines.append("| " + " | ".join(cells) + " |")
         for name, difference in found.items():
             against_vote[name] += [difference] * (row["system"] == "vote")
-    return "\n".join([*lines, "", *(told for name in BETTER if (told := verdict(name, against_vote[name])))])
+    verdicts = (told for name in BETTER if (told := verdict(name, against_vote[name])))
+    return "\n".join([*lines, "", *verdicts, *more_data()])
+
+
+def more_data() -> list[str]:
+    """What the largest pool changes beside each smaller one, in the same setting, a line each."""
+    rows = sorted(rows_of(ROWS), key=lambda row: int(row["key"][_POOL]))
+    settings: dict[str, list[Row]] = {}
+    for row in rows:
+        settings.setdefault(json.dumps([*row["key"][:_POOL], *row["key"][_POOL + 1 :]]), []).append(row)
+    told = []
+    for *smaller, largest in settings.values():
+        for row in smaller:
+            found = compared(row["dataset"], largest["key"], row["key"])
+            shown = ", ".join(f"{name} {_shown(found[name])}" for name in BETTER if name in found)
+            pools = f"{largest['key'][_POOL]:,} rows less {row['key'][_POOL]:,}"
+            told += [f"{row['dataset']}, {row['budget']} tokens, {row['system']}: {pools}: {shown}"] if shown else []
+    return told
 
 
 def differences(row: Row) -> dict[str, Difference]:
     """-O2 less the system of this row, in the same setting; nothing where not both kept each query."""
-    each = {json.dumps(kept["key"]): kept for kept in rows_of(EACH_QUERY / f"{row['dataset']}.jsonl")}
-    best = [*row["key"][:2], "O2", *row["key"][3:_KEY]]
-    ours, theirs = (each.get(json.dumps(key), {}) for key in (best, row["key"]))
+    return compared(row["dataset"], [*row["key"][:2], "O2", *row["key"][3:_KEY]], row["key"])
+
+
+def compared(dataset: str, first: list[object], second: list[object]) -> dict[str, Difference]:
+    """The row of the key `first` less that of `second`, by query; nothing where not both kept each query."""
+    each = {json.dumps(kept["key"]): kept for kept in rows_of(EACH_QUERY / f"{dataset}.jsonl")}
+    ours, theirs = (each.get(json.dumps(key), {}) for key in (first, second))
     if ours is theirs:
         return {}
     found = {}
@@ -299,8 +322,8 @@ def differences(row: Row) -> dict[str, Difference]:
         if name in ours and name in theirs:
             # the rows are in the order of the file, which is often sorted by label; betting wants a random one
             a, b = (np.random.default_rng(0).permutation(each[name]) for each in (theirs, ours))
-            compared = unbounded_difference if name == "log_loss" else bounded_difference
-            found[name] = compared(name, a, b, 0.95, anytime=False)
+            difference = unbounded_difference if name == "log_loss" else bounded_difference
+            found[name] = difference(name, a, b, 0.95, anytime=False)
     return found
 
 

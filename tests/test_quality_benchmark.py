@@ -174,6 +174,17 @@ def test_the_table_shows_old_rows_and_compares_new_ones(task):
     ]
 
 
+def test_the_largest_pool_is_compared_with_the_others(task):
+    for system, pool, right in (("O2", 40, 1.0), ("O2", 10, 0.0), ("O2", 20, 0.5), ("vote", 10, 0.0), ("O1", 40, 1.0)):
+        key = ["toy", 400, system, 0, pool, 20, 100, [], 16]
+        quality.keep(quality.ROWS, {"key": key, "dataset": "toy", "budget": 400, "system": system})
+        quality.keep(quality.EACH_QUERY / "toy.jsonl", {"key": key, "tv": [0.75 - right / 2] * 20})
+    assert [line.partition(" [")[0] for line in quality.more_data()] == [
+        "toy, 400 tokens, O2: 40 rows less 10: tv -0.500",
+        "toy, 400 tokens, O2: 40 rows less 20: tv -0.250",
+    ]
+
+
 @pytest.fixture
 def data(tmp_path, monkeypatch, task):
     folder = tmp_path / "data" / "subj"
