@@ -278,7 +278,7 @@ def compile_command(
         dataset, dropped = columns.without_test(dataset, test)
         warnings += dropped
         if held_out is not None:
-            held_out, dropped = columns.without_test(held_out, test)
+            held_out, dropped = columns.apart_from(held_out, test)
             warnings += dropped
     for warning in warnings:
         say(f"Warning: {warning}")

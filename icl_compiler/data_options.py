@@ -54,8 +54,23 @@ class Columns(NamedTuple):
             DataError: if no row is left.
             LabelError: if one label is left.
         """
+        from icl_compiler.errors import LabelError
+
+        kept, warnings = self.apart_from(dataset, test)
+        if dataset.task == "classification" and (lost := sorted(set(dataset.labels) - set(kept.labels))):
+            warnings.append(f"that leaves no row of the label {lost[0]!r}, so it will not be known")
+            if len(kept.labels) < 2:
+                raise LabelError(f"{warnings[0]}; that leaves the label {kept.labels[0]!r} only, expected two or more")
+        return kept, warnings
+
+    def apart_from(self, dataset: "Dataset", test: str) -> "tuple[Dataset, list[str]]":
+        """As `without_test`, of data that are not learned from: whatever labels are left.
+
+        Raises:
+            DataError: if no row is left.
+        """
         from icl_compiler.data import load_texts
-        from icl_compiler.errors import DataError, LabelError
+        from icl_compiler.errors import DataError
 
         kept, dropped = dataset.without_texts(load_texts(test, text_column=self.text))
         if not dropped:
@@ -65,12 +80,7 @@ class Columns(NamedTuple):
                 f"all {len(dataset)} rows of {dataset.source} stand in {test} too, so none is left; "
                 "test on texts that are not learned from"
             )
-        warnings = [f"{counted(dropped, 'row')} of {dataset.source} left out: in {test} too"]
-        if dataset.task == "classification" and (lost := sorted(set(dataset.labels) - set(kept.labels))):
-            warnings.append(f"that leaves no row of the label {lost[0]!r}, so it will not be known")
-            if len(kept.labels) < 2:
-                raise LabelError(f"{warnings[0]}; that leaves the label {kept.labels[0]!r} only, expected two or more")
-        return kept, warnings
+        return kept, [f"{counted(dropped, 'row')} of {dataset.source} left out: in {test} too"]
 
 
 def column_options(command: Callable[..., Any]) -> Callable[..., Any]:
