@@ -43,7 +43,7 @@ from icl_compiler.reranker import FEATURES, Reranker
 from icl_compiler.selection import Order
 from icl_compiler.templates import EncodedTemplate, Template
 
-FORMAT = 3
+FORMAT = 4
 """3: a program may rerank, and ask several prompts; 2: it may be calibrated. Programs of 1 and 2 load unchanged."""
 _MANIFEST = "manifest.json"
 _BLOCKS = ("centres", "rows", "offsets")

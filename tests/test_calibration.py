@@ -30,7 +30,7 @@ CALIBRATED = {
     "temperature": Calibration("temperature", scale=2.5, measured=Measured(200, "log-loss", 0.9, 0.5)),
     "bias": Calibration("bias", scale=0.1 + 0.2, offsets=np.array([0.1, -0.3, 1 / 3])),
     "mixture": Calibration("mixture", vote=Vote(3, 20.0, 0.1), weight=0.4),
-    "product": Calibration("product", scale=0.5, vote=Vote(5), pooling="log", weight=1.5),
+    "product": Calibration("product", scale=0.5, vote=Vote(5), pooling="log", weight=1.5, other=-0.7),
     "knn": Calibration(
         "knn", vote=Vote(1), weight=0.6, anchors=Anchors(np.array([0, 5, 9]), np.log(np.eye(3) * 0.7 + 0.1))
     ),
@@ -171,6 +171,7 @@ def test_a_program_of_format_1_loads(tmp_path):
         {"scale": -1.0},
         {"scale": float("nan")},
         {"scale": None},
+        {"other": float("inf")},
         {"weight": 1.5},
         {"pooling": "cubic"},
         {"vote": {"k": 0, "sharpness": 0.0, "smoothing": 0.0}},

@@ -272,6 +272,41 @@ def test_answers_are_not_surer_than_the_distance_pays_for():
     assert -np.log(right).mean() < 0.8
 
 
+@pytest.mark.parametrize("name", ["temperature", "bias", "mixture", "product", "knn"])
+def test_what_a_reference_leaves_to_other_is_left_to_it(name: str):
+    """The reference gives "other" most where it is unsure of the label; the labels' shares are the model's."""
+    rng = np.random.default_rng(21)
+    true, labels = truth(300, 4, rng, strength=3.0)
+    with_other = normalised(np.hstack([true - true.max(axis=1, keepdims=True), np.full((300, 1), -1.0)]))
+    theirs = np.exp(with_other[:, :4])
+    left = 1 - theirs.sum(axis=1)
+    assert 0.1 < left.mean() < 0.4
+    scores = true - true.max(axis=1, keepdims=True) - 0.5  # as a model says it, up to what it leaves to "other" itself
+    held_out = answered(scores - 3, labels, voters=voting(labels, 4, 0.05, rng), reference=theirs)
+    fitted = resolve("calibration", CALIBRATIONS, name)(held_out)[-1]
+    votes = None
+    if name == "knn":
+        others = np.where(np.eye(300, dtype=bool), -1, labels[None, :])
+        heard = nearest_answers(held_out.evidence.middle, held_out.evidence.middle, others)
+        votes = law_of_votes(heard, fitted.vote, 4)
+    elif fitted.vote is not None:
+        votes = law_of_votes(held_out.evidence.voters, fitted.vote, 4)
+    said = fitted.combined(held_out.evidence.middle, votes)
+    full = replace(fitted, other=None).combined(held_out.evidence.middle, votes)
+    assert held_out.risks(Law(said)).mean() < 0.5 * held_out.risks(Law(full)).mean()
+    assert np.corrcoef(1 - said.sum(axis=1), left)[0, 1] > 0.9
+    assert "a share for what is no label" in fitted.describe()
+
+
+def test_nothing_is_left_to_other_without_a_reference_that_does():
+    rng = np.random.default_rng(3)
+    true, labels = truth(100, 3, rng)
+    for reference in (None, np.exp(true)):
+        held_out = answered(true - 0.7, labels, voters=voting(labels, 3, 0.3, rng), reference=reference)
+        for each in fit_and_choose(held_out).candidates:
+            assert each.calibration.other is None
+
+
 def test_a_reference_is_approximated_in_total_variation():
     rng = np.random.default_rng(12)
     true, labels = truth(200, 3, rng)
@@ -346,6 +381,7 @@ def test_nobody_votes():
         Calibration("bias", scale=0.4, offsets=np.array([1.0, 0.0, -1.0])),
         Calibration("mixture", scale=2.0, vote=Vote(2), weight=0.4),
         Calibration("product", scale=0.7, vote=Vote(2, 0.0, 0.1), pooling="log", weight=1.5),
+        Calibration("temperature", scale=1.5, other=-2.0),
         Calibration("knn", vote=Vote(1), weight=0.3, anchors=Anchors(np.arange(2), np.log([[0.9, 0.05, 0.05]] * 2))),
     ],
     ids=lambda each: each.method,
@@ -366,6 +402,14 @@ def test_bounds_hold_for_every_law_between_them(calibration):
     if calibration.anchors is None:  # and are attained
         np.testing.assert_allclose(np.min(laws, axis=0), bounds.probabilities, atol=1e-9)
         np.testing.assert_allclose(np.max(laws, axis=0), bounds.upper, atol=1e-9)
+
+
+def test_a_share_for_other_by_hand():
+    evidence = Evidence(np.log([[0.1, 0.3], [0.1, 0.1]]), None, Voters(np.array([[0], [1]]), np.zeros((2, 1))))
+    law = Calibration("temperature", other=np.log(0.2)).law(evidence)
+    np.testing.assert_allclose(law.probabilities, [[1 / 6, 1 / 2], [1 / 4, 1 / 4]])
+    law = Calibration("mixture", vote=Vote(1), weight=0.25, other=np.log(0.2)).law(evidence)
+    np.testing.assert_allclose(law.probabilities, [[0.375, 0.375], [0.1875, 0.4375]])
 
 
 def test_votes_by_hand():

@@ -9,7 +9,9 @@ and with votes of weight w, linearly or in logarithms
 
     (1 - w) p(y | x) + w v(y | x)      or      softmax over y of  scale * log P(y | x) + offset(y) + w log v(y | x)
 
-- `none` is the model's law as it is, the mass of "other" included; every other one leaves nothing to "other".
+- `none` is the model's law as it is, the mass of "other" included. Every other one leaves nothing to "other", unless it
+  approximates a reference that does: "other" is then one more outcome of the softmax, with the same score everywhere,
+  so that it gets most where no label stands out.
 - Voters are rows of the pool near in meaning or, for kNN prompting, rows whose answer by the model is near ("anchors").
 - A query's answer depends on no other query. Where nobody votes, p alone answers.
 - Where an engine gives bounds on P, what comes out are bounds: p(y | x) rises with P(y | x) and falls with the others.
@@ -96,6 +98,7 @@ class Calibration:
         vote: how voters are heard; `None` without votes.
         weight: of the votes, in [0, 1] if `pooling` is linear, else at least 0.
         anchors: the voters, if they are near by the model's answers instead of by meaning.
+        other: score of "other" in the softmax; `None` leaves it nothing.
 
     >>> half = Evidence(np.log([[0.25, 0.25], [0.3, 0.1]]))
     >>> Calibration().law(half).probabilities.round(2).tolist()
@@ -112,6 +115,7 @@ class Calibration:
     weight: float = 0.0
     anchors: Anchors | None = None
     measured: Measured | None = None
+    other: float | None = None
 
     @property
     def neighbours(self) -> int:
@@ -138,7 +142,10 @@ class Calibration:
         if evidence.upper is None:
             return Law(self.combined(evidence.middle, votes))
         highest = np.maximum(evidence.upper, evidence.logprobs)
-        least, most = _bounds(self._scores(evidence.logprobs, votes), self._scores(highest, votes))
+        lowest = self._with_other(self.scores(evidence.logprobs, votes))
+        least, most = _bounds(lowest, self._with_other(self.scores(highest, votes)))
+        labels = highest.shape[1]
+        least, most = least[:, :labels], most[:, :labels]
         if self.anchors is None:
             return Law(self._pooled(least, votes), self._pooled(most, votes))
         return Law((1 - self.weight) * least, (1 - self.weight) * most + self.weight)  # which anchors are near is open
@@ -147,13 +154,16 @@ class Calibration:
         self, logprobs: Float[np.ndarray, "queries labels"], votes: Float[np.ndarray, "queries labels"] | None
     ) -> Float[np.ndarray, "queries labels"]:
         """The probabilities of finite log-probabilities and the law of the votes."""
-        return self._pooled(softmax(self._scores(logprobs, votes)), votes)
+        law = softmax(self._with_other(self.scores(logprobs, votes)))
+        return self._pooled(law[:, : logprobs.shape[1]], votes)
 
     def describe(self) -> str:
         """The numbers in words."""
         parts = [] if self.scale == 1 else [f"temperature {1 / self.scale:.2f}" if self.scale else "model not used"]
         if self.offsets is not None:
             parts.append("an offset for each label")
+        if self.other is not None:
+            parts.append("a share for what is no label")
         if self.vote is not None:
             by = "answers of the model" if self.anchors is not None else "meaning"
             how = f"weighted by exp({self.vote.sharpness:g} cosine)" if self.vote.sharpness else "counted"
@@ -164,15 +174,19 @@ class Calibration:
             told += f": {risk} {after:.3f} in place of {before:.3f} on {queries} held-out queries"
         return told
 
-    def _scores(
+    def scores(
         self, logprobs: Float[np.ndarray, "queries labels"], votes: Float[np.ndarray, "queries labels"] | None
     ) -> Float[np.ndarray, "queries labels"]:
+        """What the softmax is of, for each label."""
         scores = self.scale * logprobs if self.scale else np.zeros_like(logprobs)
         if self.offsets is not None:
             scores = scores + self.offsets
         if votes is not None and self.pooling == "log":
             scores = scores + self.weight * np.log(np.where(_nobody(votes), 1.0, np.maximum(votes, np.exp(LEAST))))
         return scores
+
+    def _with_other(self, scores: Float[np.ndarray, "queries labels"]) -> Float[np.ndarray, "queries outcomes"]:
+        return scores if self.other is None else np.pad(scores, ((0, 0), (0, 1)), constant_values=self.other)
 
     def _pooled(
         self, law: Float[np.ndarray, "queries labels"], votes: Float[np.ndarray, "queries labels"] | None

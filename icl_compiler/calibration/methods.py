@@ -20,20 +20,23 @@ nothing where what it needs was not asked. P is the model's law of the label wor
   the shots of held-out queries, taken once: a query costs no further call of the model.
 - Numbers are fitted by log-loss, against labels or the law of a reference, with normal priors so weak that ten queries
   outweigh them, except those of the offsets: 150 offsets and 200 queries overfit, so that their width is chosen.
-- Where a reference is to be approximated, scale, weight and the size of the offsets, three numbers at most, are then
-  fitted again by the total variation to its law, which is what counts: log-loss would have them too cautious. A nat of
-  log-loss still counts as 0.03 of it: total variation alone would have an answer as sure as it can be wherever it is
-  mostly right, which brings the gap no further down (`docs/calibration.md`).
+- Where a reference is to be approximated, scale, weight, the size of the offsets and the score of "other" (where the
+  reference leaves it a hundredth or more), four numbers at most, are then fitted by the total variation to its law,
+  which is what counts: log-loss would have them too cautious. A nat of log-loss still counts as 0.03 of it: total
+  variation alone would have an answer as sure as it can be wherever it is mostly right, which brings the gap no further
+  down (`docs/calibration.md`).
 - Arithmetic is by element: a matrix product this small, on the threads of a busy machine, takes many times longer.
 - The form of a vote (how many, how sharp) is that whose votes alone have the lowest log-loss.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from scipy.optimize import minimize
+from scipy.special import logit, logsumexp
 
 from icl_compiler.calibration.held_out import LEAST_PROBABILITY, HeldOut, log_loss
 from icl_compiler.calibration.law import Anchors, Calibration, Law, nearest_answers, softmax
@@ -45,7 +48,8 @@ _VOTES = (*(Vote(k) for k in (4, 8, 16, 32)), *(Vote(k, s) for k in (16, 64) for
 _ANSWER_VOTES = tuple(Vote(k) for k in (1, 3, 7, 15, 31))
 _SMOOTHINGS = (0.01, 0.1, 0.3)
 _OF_LOG_LOSS = 0.03  # total variation that a nat is worth
-_LEAST_START, _FIRST_STEP, _MOST_TRIED = 0.05, 0.6, 200  # of the search for the nearest
+_LEAST_START, _FIRST_STEP, _MOST_TRIED = 0.05, 0.6, 80  # of the search for the nearest, the last for each number
+_LEAST_OTHER = 0.01  # mean share that a reference leaves to "other", from which on it is fitted
 MOST_VOTERS = max(vote.k for vote in _VOTES)
 
 
@@ -227,6 +231,15 @@ def _fit_mixture(
     return float(found[0]), float(found[1])
 
 
+class _Start(NamedTuple):
+    """Where the search for a number begins, between what it lies, and how far the first step goes."""
+
+    value: float
+    least: float = 0.0
+    most: float = np.inf
+    step: float = 0.0
+
+
 def _nearest(
     held_out: HeldOut, fitted: Calibration, votes: Float[np.ndarray, "queries labels"] | None = None
 ) -> Calibration:
@@ -238,15 +251,21 @@ def _nearest(
     if held_out.reference is None:
         return fitted
     logprobs = held_out.evidence.middle
-    most_weight = 1.0 if fitted.pooling == "linear" else np.inf
-    start = [(max(fitted.scale, _LEAST_START), np.inf)]
-    start += [] if fitted.offsets is None else [(1.0, np.inf)]
-    start += [] if votes is None else [(max(fitted.weight, _LEAST_START), most_weight)]
+    start = {"scale": _Start(max(fitted.scale, _LEAST_START))}
+    if fitted.offsets is not None:
+        start["size"] = _Start(1.0)
+    if votes is not None:
+        most = 1.0 if fitted.pooling == "linear" else np.inf
+        start["weight"] = _Start(max(fitted.weight, _LEAST_START), most=most)
+    others = float(1 - held_out.targets.sum(axis=1).mean())
+    if others >= _LEAST_OTHER:
+        even = np.median(logsumexp(fitted.scores(logprobs, votes), axis=1)) + logit(min(others, 1 - _LEAST_OTHER))
+        start["other"] = _Start(float(even), least=-np.inf, step=1.0)
 
     def told(numbers: Float[np.ndarray, " numbers"]) -> Calibration:
-        scale, *others = numbers.tolist()
-        offsets = None if fitted.offsets is None else fitted.offsets * others[0]
-        return replace(fitted, scale=scale, offsets=offsets, weight=fitted.weight if votes is None else others[-1])
+        named = dict(zip(start, numbers.tolist(), strict=True))
+        size = named.pop("size", 1.0)
+        return replace(fitted, offsets=None if fitted.offsets is None else fitted.offsets * size, **named)
 
     def cost(calibration: Calibration) -> float:
         law = calibration.combined(logprobs, votes)
@@ -255,14 +274,21 @@ def _nearest(
     def cost_of(numbers: Float[np.ndarray, " numbers"]) -> float:
         return cost(told(numbers))
 
-    first, most = np.array(start).T
-    up, down = first * (1 + _FIRST_STEP), first * (1 - _FIRST_STEP)
-    simplex = np.stack([first, *(first + np.diag(np.where(up <= most, up, down) - first))])
+    first = np.array([each.value for each in start.values()])
+    steps = [each.step or _FIRST_STEP * each.value for each in start.values()]
+    inside = [
+        step if each.value + step <= each.most else -step for step, each in zip(steps, start.values(), strict=True)
+    ]
     found = minimize(
         cost_of,
         first,
         method="Nelder-Mead",
-        bounds=[(0.0, end) for end in most],
-        options={"initial_simplex": simplex, "xatol": 1e-3, "fatol": 1e-5, "maxfev": _MOST_TRIED},
+        bounds=[(each.least, each.most) for each in start.values()],
+        options={
+            "initial_simplex": np.stack([first, *(first + np.diag(inside))]),
+            "xatol": 1e-3,
+            "fatol": 1e-5,
+            "maxfev": _MOST_TRIED * len(first),
+        },
     ).x
     return min(told(found), fitted, key=cost)

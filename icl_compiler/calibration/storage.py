@@ -21,6 +21,7 @@ def numbers_of(calibration: Calibration) -> dict[str, Any]:
         "vote": None if calibration.vote is None else calibration.vote._asdict(),
         "pooling": calibration.pooling,
         "weight": calibration.weight,
+        "other": calibration.other,
         "measured": None if calibration.measured is None else calibration.measured._asdict(),
     }
 
@@ -50,8 +51,9 @@ def calibration_from(numbers: dict[str, Any], arrays: dict[str, np.ndarray], *, 
         anchors = Anchors(arrays["anchor_rows"].astype(np.int64), arrays["anchor_logprobs"].astype(np.float64))
     offsets = arrays["offsets"].astype(np.float64) if "offsets" in arrays else None
     scale, weight = float(numbers["scale"]), float(numbers["weight"])
+    other = None if numbers.get("other") is None else float(numbers["other"])  # programs before format 4 have none
     sound = (
-        np.isfinite([scale, weight, *(vote or ())]).all()
+        np.isfinite([scale, weight, other or 0.0, *(vote or ())]).all()
         and min(scale, weight) >= 0
         and numbers["pooling"] in ("linear", "log")
         and (numbers["pooling"] == "log" or weight <= 1)
@@ -62,7 +64,7 @@ def calibration_from(numbers: dict[str, Any], arrays: dict[str, np.ndarray], *, 
     )
     if not sound:
         raise ValueError("the numbers of the calibration make no sense")
-    return Calibration(numbers["method"], scale, offsets, vote, numbers["pooling"], weight, anchors, measured)
+    return Calibration(numbers["method"], scale, offsets, vote, numbers["pooling"], weight, anchors, measured, other)
 
 
 def _sound(anchors: Anchors, rows: int, labels: int) -> bool:
