@@ -81,6 +81,7 @@ class FakeVLLM:
         self.spoil: Callable[[Json], Json] = lambda answer: answer
         self.bodies: list[Json] = []
         self.attempts = self.in_flight = self.most_in_flight = self.streamed = self.broken_off = 0
+        self.streams = 0  # that have not ended
         self.between = 0.0
         self.gateway = 0
         self._stopped = False
@@ -125,7 +126,12 @@ class FakeVLLM:
                         with outer._lock:
                             outer.bodies.append(body)
                             outer.in_flight -= 1
-                        self._stream(body)
+                            outer.streams += 1
+                        try:
+                            self._stream(body)
+                        finally:
+                            with outer._lock:
+                                outer.streams -= 1
                         return
                     with outer._lock:
                         answer = outer.spoil(outer._complete(body))

@@ -66,6 +66,7 @@ def started(
 def shop(started: tuple[TestClient, Endpoint, FakeVLLM]) -> Iterator[tuple[TestClient, Endpoint, FakeVLLM]]:
     """For tests that change nothing but the engine."""
     yield started
+    wait_until(lambda: not started[2].streams)  # one that was broken off would spoil its events as the next test says
     started[2].spoil = lambda answer: answer
     started[2].trouble.clear()
 
