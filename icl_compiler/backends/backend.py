@@ -140,7 +140,8 @@ class Backend(Protocol):
     ) -> Generations:
         """`samples` continuations of every prompt, up to `terminator`; temperature 0 takes the likeliest token.
 
-        The same `seed` gives the same continuations on the same engine and machine.
+        The same `seed` gives the same continuations on the same engine and machine; from a server that puts requests
+        together as they come, in numbers of few digits, only most of them: a token near a draw's edge may turn.
         """
 
     def sequence_logprobs(
