@@ -34,7 +34,7 @@ from benchmarks.truths import findings, laws
 from evaluation.evaluate import commit, machine
 from evaluation.tv import tv_distance, with_other
 from icl_compiler.backends.backend import Backend
-from icl_compiler.compile import load_tokenizer, new_retriever, zero_shot_program
+from icl_compiler.compile import load_tokenizer, named_encoder, new_retriever, zero_shot_program
 from icl_compiler.data import Dataset
 from icl_compiler.predictor import PromptedPredictor, open_backend
 from icl_compiler.program import Program, Settings, encode_pool
@@ -158,7 +158,7 @@ def measure_text(cell: TextCell, prompts: Prompts) -> Row:
     data = _dataset(pairs)
     asked = {
         "zero": prompts.program(data, truth.answers, _random(cell.seed), 0),
-        "own": prompts.program(data, truth.answers, new_retriever("bm25", encoder="none", seed=0), cell.n),
+        "own": prompts.program(data, truth.answers, _by_words(), cell.n),
         "all": prompts.program(data, truth.answers, _random(cell.seed), len(data)),
     }
     said = {name: prompts.law(program, truth.contexts) for name, program in asked.items()}
@@ -276,7 +276,11 @@ def _template() -> Template:
 
 
 def _random(seed: int) -> Retriever:
-    return new_retriever("uniform", encoder="none", seed=seed)
+    return new_retriever("uniform", encoder=named_encoder("none"), seed=seed)
+
+
+def _by_words() -> Retriever:
+    return new_retriever("bm25", encoder=named_encoder("none"), seed=0)
 
 
 def _dataset(

@@ -34,7 +34,7 @@ from evaluation.tv import Sandwich
 from icl_compiler.backends.backend import Backend, Progress
 from icl_compiler.calibration.held_out import log_loss
 from icl_compiler.calibration.law import NO_CALIBRATION
-from icl_compiler.compile import new_retriever, with_pool, without_rows, zero_shot_program
+from icl_compiler.compile import encoder_of, new_retriever, with_pool, without_base, without_rows, zero_shot_program
 from icl_compiler.data import Dataset
 from icl_compiler.errors import EvaluationError, ICLError
 from icl_compiler.explanation import written
@@ -385,7 +385,7 @@ def vote_columns(predictor: PromptedPredictor | NeighboursVote) -> Row:
 
 
 def _with_random_shots(program: Program) -> Program:
-    index = new_retriever("uniform", encoder=program.settings.encoder, seed=program.settings.seed)
+    index = new_retriever("uniform", encoder=encoder_of(program), seed=program.settings.seed)
     index.fit(program.pool.data.texts)
     settings = replace(program.settings, retriever="uniform", order="best-first", layout="per-query")
     return replace(program, settings=settings, retriever=index, blocks=None, calibration=NO_CALIBRATION, reranker=None)
@@ -404,8 +404,9 @@ def _without_shots(program: Program) -> Program:
 
 
 def _vote(program: Program) -> NeighboursVote:
-    encoder = program.settings.encoder
-    return NeighboursVote(program.pool.data, encoder=encoder, labels=program.labels, retriever=program.dense)
+    """By sentence embeddings alone, whatever the program compares texts by: without the language model."""
+    encoder, fitted = without_base(program.settings.encoder), program.dense if program.reading is None else None
+    return NeighboursVote(program.pool.data, encoder=encoder, labels=program.labels, retriever=fitted)
 
 
 _ASKED: Mapping[str, Callable[[Program, Backend], PromptedPredictor | NeighboursVote]] = {

@@ -35,7 +35,7 @@ from evaluation.reference.trainer import Reference
 from evaluation.texts import Lengths, TextGap, Written, point_gap, reading_noise, text_gap, write
 from icl_compiler.backends.backend import Backend
 from icl_compiler.calibration.votes import Vote
-from icl_compiler.compile import load_tokenizer
+from icl_compiler.compile import load_tokenizer, without_base
 from icl_compiler.data import Dataset
 from icl_compiler.errors import EvaluationError
 from icl_compiler.predictor import PromptedPredictor
@@ -230,8 +230,9 @@ def _neighbours(
 ) -> tuple[list[list[tuple[tuple[int, ...], float]]], list[str]]:
     """The targets of the nearest rows, each with its share of them, and the most frequent one, of each text."""
     pool = replace(program.pool.data, task="classification")
-    fitted = program.retriever if program.settings.retriever == "dense" else None
-    said = NeighboursVote(pool, encoder=program.settings.encoder, vote=Vote(8), retriever=fitted).predict(texts)
+    fitted = program.retriever if program.settings.retriever == "dense" and program.reading is None else None
+    encoder = without_base(program.settings.encoder)
+    said = NeighboursVote(pool, encoder=encoder, vote=Vote(8), retriever=fitted).predict(texts)
     laws = []
     for shares in said.probabilities:
         rows = np.flatnonzero(shares).tolist()

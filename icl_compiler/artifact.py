@@ -7,6 +7,7 @@
     index/              the retriever's own files
     blocks.safetensors  the fixed blocks of shots, of a program that has them
     calibration.safetensors   the calibration's offsets and anchors, where it has some
+    reading.jinja, reading.safetensors   how the base model reads a text, where that is a part of the encoder
     voters/             a dense index, where votes are counted and the retriever is another one
     trace.jsonl         what a search tried, where there was one
 
@@ -31,24 +32,27 @@ from typing import Any, get_args
 
 import numpy as np
 
-from icl_compiler import compile as compiling
 from icl_compiler.calibration.storage import arrays_of, calibration_from, numbers_of
-from icl_compiler.compile import load_tokenizer, new_retriever
+from icl_compiler.compile import joint_encoder, load_tokenizer, new_retriever
 from icl_compiler.data import Dataset
 from icl_compiler.errors import ArtifactError
 from icl_compiler.layouts import Blocks, Expected, Layout
 from icl_compiler.program import Pool, Program, Settings
+from icl_compiler.reading import Reading
 from icl_compiler.registry import CALIBRATIONS, RETRIEVERS
 from icl_compiler.reranker import FEATURES, Reranker
 from icl_compiler.selection import Order
 from icl_compiler.templates import EncodedTemplate, Template
+from retrievers.retriever import Encoder
 
-FORMAT = 4
-"""3: a program may rerank, and ask several prompts; 2: it may be calibrated. Programs of 1 and 2 load unchanged."""
+FORMAT = 5
+"""5: the base model may be a part of the encoder; 4: a calibration may leave a share to "other"; 3: a program may
+rerank, and ask several prompts; 2: it may be calibrated. Programs of 1 to 4 load unchanged."""
 _MANIFEST = "manifest.json"
 _BLOCKS = ("centres", "rows", "offsets")
 _RERANKER = "reranker.safetensors"
 _TRACE = "trace.jsonl"
+_READING = "reading.safetensors"
 
 
 def save_program(program: Program, folder: Path, *, trace: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -84,6 +88,9 @@ def save_program(program: Program, folder: Path, *, trace: Sequence[Mapping[str,
             (draft / "blocks.safetensors").write_bytes(save(blocks))
         (draft / "index").mkdir()
         program.retriever.save(draft / "index")
+        if (reading := program.reading) is not None:
+            (draft / "reading.jinja").write_text(reading.template.template.source, encoding="utf-8")
+            (draft / _READING).write_bytes(save({"mean": reading.mean, "scale": reading.scale}))
         if program.voters is not None:
             (draft / "voters").mkdir()
             program.voters.save(draft / "voters")
@@ -155,9 +162,11 @@ def _read_program(folder: Path, manifest: dict[str, Any]) -> Program:
     encoded = EncodedTemplate.build(template, tokenizer, tuple(manifest["labels"]))
     arrays = load_file(folder / "shots.safetensors")
     pool = Pool(data, arrays["tokens"].astype(np.int32), arrays["offsets"].astype(np.int64))
-    retriever = new_retriever(settings.retriever, encoder=settings.encoder, seed=settings.seed, trusted=False)
+    reading = _read_reading(folder, settings, encoded) if _READING in manifest["files"] else None
+    encoder = joint_encoder(settings.encoder, reading)
+    retriever = new_retriever(settings.retriever, encoder=encoder, seed=settings.seed, trusted=False)
     retriever.load(folder / "index")
-    blocks = _read_blocks(folder, settings, rows=len(rows)) if settings.layout != "per-query" and rows else None
+    blocks = _read_blocks(folder, encoder, rows=len(rows)) if settings.layout != "per-query" and rows else None
     expected = Expected(**manifest["expected"]) if manifest.get("expected") else None
     kept = folder / "calibration.safetensors"
     calibration = calibration_from(
@@ -168,10 +177,11 @@ def _read_program(folder: Path, manifest: dict[str, Any]) -> Program:
     )
     voters = None
     if any(name.startswith("voters/") for name in manifest["files"]):
-        voters = new_retriever("dense", encoder=settings.encoder, seed=settings.seed)
+        voters = new_retriever("dense", encoder=encoder, seed=settings.seed)
         voters.load(folder / "voters")
     program = Program(
         settings, manifest["task"], encoded, pool, retriever, blocks, expected, calibration=calibration, voters=voters,
+        reading=reading,
         reranker=_read_reranker(folder, manifest["reranker"], rows=len(rows)) if manifest.get("reranker") else None,
     )  # fmt: skip
     if (calibration.neighbours or program.reranker is not None) and program.dense is None:
@@ -190,7 +200,18 @@ def _read_reranker(folder: Path, told: dict[str, Any], *, rows: int) -> Reranker
     return Reranker(told["candidates"], weights, helpful)
 
 
-def _read_blocks(folder: Path, settings: Settings, *, rows: int) -> Blocks:
+def _read_reading(folder: Path, settings: Settings, encoded: EncodedTemplate) -> Reading:
+    from safetensors.numpy import load_file
+
+    template = Template("reading", (folder / "reading.jinja").read_text(encoding="utf-8"))
+    arrays = load_file(folder / _READING)
+    mean, scale = arrays["mean"], arrays["scale"]
+    if mean.ndim != 1 or mean.shape != scale.shape or not (np.isfinite(mean).all() and (scale > 0).all()):
+        raise ValueError("the numbers of the reading make no sense")
+    return Reading(settings.model, EncodedTemplate.build(template, encoded.tokenizer, encoded.labels), mean, scale)
+
+
+def _read_blocks(folder: Path, encoder: Encoder, *, rows: int) -> Blocks:
     from safetensors.numpy import load_file
 
     arrays = load_file(folder / "blocks.safetensors")
@@ -200,7 +221,7 @@ def _read_blocks(folder: Path, settings: Settings, *, rows: int) -> Blocks:
         raise ValueError("the blocks do not follow one another")
     if len(of_pool) and not 0 <= of_pool.min() <= of_pool.max() < rows:
         raise ValueError(f"a block holds a row that is none of the {rows} of the pool")
-    return Blocks(compiling.named_encoder(settings.encoder), centres, of_pool, offsets)
+    return Blocks(encoder, centres, of_pool, offsets)
 
 
 def load_trace(folder: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ coverage.
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -18,13 +19,14 @@ from icl_compiler.errors import BudgetError, DataError, EnsembleError, RegistryE
 from icl_compiler.layouts import Expected, Layout, computed_tokens, make_blocks
 from icl_compiler.models import cache_folder, locate
 from icl_compiler.program import SAME_FOR_ALL, Program, Settings, encode_pool
+from icl_compiler.reading import Reading
 from icl_compiler.registry import RETRIEVERS, did_you_mean, resolve
 from icl_compiler.reranker import Reranker
 from icl_compiler.selection import Order, joined
 from icl_compiler.templates import EncodedTemplate, Template
 from icl_compiler.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer
-from retrievers.encoder import SentenceEncoder
-from retrievers.retriever import Resources, Retriever
+from retrievers.encoder import Concatenated, SentenceEncoder
+from retrievers.retriever import Encoder, Resources, Retriever
 from retrievers.static import Static
 
 Notify = Callable[[str], object]
@@ -59,6 +61,8 @@ def compile_program(
     """Make a program of `data` for the frozen `model`.
 
     Args:
+        encoder: model of sentence embeddings; `base` is what the base model makes of a text (`reading`), and `A+B` are
+            two encoders side by side.
         retriever: name in the table, or `package.module:Class`; `static` is a random set until a search chooses one.
         template: name in `prompts/` or path of a Jinja file; by default the plain one for the task.
         shots: most shots in a prompt; 0 for none. By default 16, in `mixed` 8, in other blocks all that fit.
@@ -118,8 +122,12 @@ def compile_program(
         )
     notify(f"encoding {len(pool_data):,} rows as shots")
     pool = encode_pool(encoded, pool_data)
+    reading = None
+    if BASE in _parts(encoder):
+        notify(f"reading {len(pool_data):,} rows with {model}")
+        reading = Reading.fitted_to(pool_data.texts, model, encoded)
     notify(f"indexing them with {retriever}")
-    index = new_retriever(retriever, encoder=encoder, seed=seed)
+    index = new_retriever(retriever, encoder=joint_encoder(encoder, reading), seed=seed)
     index.fit(pool_data.texts)
     order = order or ("best-first" if retriever in SAME_FOR_ALL else "best-last")
     if shots is None:
@@ -139,7 +147,7 @@ def compile_program(
         block_share,
         ensembles,
     )
-    return laid_out(Program(settings, data.task, encoded, pool, index))
+    return laid_out(Program(settings, data.task, encoded, pool, index, reading=reading))
 
 
 def _require_known(what: str, name: str | None, known: Collection[str]) -> None:
@@ -166,7 +174,7 @@ def laid_out(program: Program) -> Program:
         blocks = make_blocks(
             pool.data.texts,
             tokens,
-            encoder=named_encoder(settings.encoder),
+            encoder=encoder_of(program),
             clusters=1 if settings.layout == "shared" else settings.clusters or max(1, round(rows**0.5 / 2)),
             head=head,
             room=int(share * (room - min(usual, room // 4))),
@@ -209,7 +217,7 @@ def zero_shot_program(
     encoded = EncodedTemplate.build(template, load_tokenizer(tokenizer_model or model), labels)
     empty = Dataset((), (), "classification" if labels else "generation", "none")
     settings = Settings(model, "minilm", "uniform", 0, 1_000_000, "best-first", 0)
-    index = new_retriever("uniform", encoder="minilm", seed=0)
+    index = new_retriever("uniform", encoder=named_encoder("minilm"), seed=0)
     index.fit(())
     return Program(settings, empty.task, encoded, encode_pool(encoded, empty), index)
 
@@ -225,6 +233,8 @@ def with_pool(program: Program, data: Dataset) -> Program:
             "no row is left in the program's pool: all of them stand in the test data too; "
             "evaluate on texts that the pool does not hold"
         )
+    if program.reading is not None:
+        program = replace(program, reading=program.reading.fitted(data.texts))
     index = refitted(program, data.texts)
     place = {text: row for row, text in enumerate(data.texts)}
     places = np.array([place.get(text, -1) for text in program.pool.data.texts], dtype=np.int64)
@@ -246,18 +256,32 @@ def with_reranker(program: Program, reranker: Reranker) -> Program:
     return with_dense(replace(program, reranker=reranker))
 
 
+def with_reading(program: Program) -> Program:
+    """The program that compares texts by what its base model makes of them, too.
+
+    Raises:
+        ModelError: if the model cannot be loaded here.
+    """
+    settings, texts = program.settings, program.pool.data.texts
+    reading = program.reading or Reading.fitted_to(texts, settings.model, program.template)
+    settings = replace(settings, encoder=with_base(settings.encoder))
+    read = replace(program, settings=settings, reading=reading, voters=None)
+    read = replace(read, retriever=refitted(read, texts))
+    return laid_out(read if program.voters is None else with_dense(read))
+
+
 def with_dense(program: Program) -> Program:
     """The program with a dense index of its pool, if it has none."""
     if program.dense is not None:
         return program
-    voters = new_retriever("dense", encoder=program.settings.encoder, seed=program.settings.seed)
+    voters = new_retriever("dense", encoder=encoder_of(program), seed=program.settings.seed)
     voters.fit(program.pool.data.texts)
     return replace(program, voters=voters)
 
 
 def refitted(program: Program, texts: Sequence[str]) -> Retriever:
     """A retriever like the program's, over other texts; a set that was chosen stays chosen."""
-    index = new_retriever(program.settings.retriever, encoder=program.settings.encoder, seed=program.settings.seed)
+    index = new_retriever(program.settings.retriever, encoder=encoder_of(program), seed=program.settings.seed)
     if isinstance(program.retriever, Static) and isinstance(index, Static):
         index.choose(program.retriever.chosen)
     index.fit(texts)
@@ -270,14 +294,69 @@ def without_rows(program: Program, texts: Collection[str]) -> tuple[Program, int
     return (with_pool(program, data), dropped) if dropped else (program, 0)
 
 
-def new_retriever(name: str, *, encoder: str, seed: int, trusted: bool = True) -> Retriever:
+def new_retriever(name: str, *, encoder: Encoder, seed: int, trusted: bool = True) -> Retriever:
     """An empty retriever by its name in the table; `encoder` is loaded only if it is used."""
     found = resolve("retriever", RETRIEVERS, name, trusted=trusted)
     lacking = [part for part in ("score_meaning", "fit", "search", "save", "load") if not hasattr(found, part)]
     if lacking:
         raise RegistryError(f"{name!r} is no retriever, it has no {', '.join(lacking)}; see retrievers/retriever.py")
-    made: Retriever = found(Resources(seed=seed, encoder=named_encoder(encoder)))
+    made: Retriever = found(Resources(seed=seed, encoder=encoder))
     return made
+
+
+BASE = "base"
+"""The part of an encoder's name that stands for the base model."""
+
+
+def with_base(encoder: str) -> str:
+    """The name of an encoder with what the base model makes of a text beside it.
+
+    >>> with_base("minilm"), with_base("minilm+base")
+    ('minilm+base', 'minilm+base')
+    """
+    return encoder if BASE in _parts(encoder) else f"{encoder}+{BASE}"
+
+
+def without_base(encoder: str) -> str:
+    """The name without the base model; that of the usual encoder where nothing else is in it.
+
+    >>> without_base("minilm+base"), without_base("base")
+    ('minilm', 'minilm')
+    """
+    return "+".join(part for part in _parts(encoder) if part != BASE) or "minilm"
+
+
+def _parts(encoder: str) -> list[str]:
+    """The encoders that stand side by side; a folder's name may hold a + of its own."""
+    return [encoder] if Path(encoder).is_dir() else encoder.split("+")
+
+
+def encoder_of(program: Program) -> Encoder:
+    """What a program's retriever compares texts by."""
+    return joint_encoder(program.settings.encoder, program.reading)
+
+
+def joint_encoder(name: str, reading: Reading | None) -> Encoder:
+    """The encoder of this name; `reading` is what `base` stands for in it.
+
+    Raises:
+        ValueError: if it is missing.
+    """
+    parts: list[Encoder] = []
+    for part in _parts(name):
+        if part == BASE and reading is None:
+            raise ValueError(f"the encoder {name!r} reads with the base model, and there is no reading")
+        parts.append(reading if part == BASE and reading is not None else named_encoder(part))
+    return parts[0] if len(parts) == 1 else Concatenated(parts)
+
+
+def remember(program: Program, texts: int) -> None:
+    """Have the program's encoders keep the vectors of so many texts in memory at most."""
+    for part in _parts(program.settings.encoder):
+        if part != BASE:
+            named_encoder(part).remembered = texts
+    if program.reading is not None:
+        program.reading.remember(texts)
 
 
 @cache

@@ -91,9 +91,11 @@ ENOUGH_OTHERS = 50
 )
 @click.option(
     "--encoder",
-    default="minilm",
     metavar="NAME",
-    help="Model of sentence embeddings; not used by uniform, bm25 and coverage.",
+    show_default="minilm; from -O2 on minilm+base, where neighbours vote better with it",
+    help="Model of sentence embeddings, by which texts are near each other. NAME+base: what the language model makes "
+    "of a text counts as much; it then reads each query once more, in this process. Not used by uniform, bm25 and "
+    "coverage.",
 )
 @click.option(
     "--order",
@@ -197,7 +199,7 @@ def compile_command(
     time_limit: float | None,
     metric: "Metric",
     model: str,
-    encoder: str,
+    encoder: str | None,
     template: str | None,
     retriever: str | None,
     shots: int | None,
@@ -285,7 +287,7 @@ def compile_command(
     program = compile_program(
         dataset,
         model=model,
-        encoder=encoder,
+        encoder=encoder or "minilm",
         template=template,
         retriever=retriever or DEFAULT_RETRIEVERS[int(level)],
         shots=shots,
@@ -319,6 +321,7 @@ def compile_command(
     later = calibration in WITH_OWN_PROMPTS or not searches  # else the search calibrates with what it asked
     if engine is not None and searches:
         named = {"retriever": retriever, "shots": shots, "order": order, "per_label": per_label, "template": template}
+        named["encoder"] = encoder
         named["ensembles"] = ensembles or shots  # fewer shots a prompt are no more what was named
         log = output.with_name(f"{output.name}.search.jsonl")
         try:
@@ -358,6 +361,7 @@ def compile_command(
         "model": model,
         "level": int(level),
         "retriever": program.settings.retriever,
+        "encoder": program.settings.encoder,
         "shots": program.settings.shots,
         "layout": program.settings.layout,
         "blocks": 0 if program.blocks is None else len(program.blocks),

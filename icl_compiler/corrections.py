@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from icl_compiler.compile import new_retriever, refitted
+from icl_compiler.compile import encoder_of, new_retriever, refitted
 from icl_compiler.data import Dataset, normalise_text
 from icl_compiler.errors import LabelError
 from icl_compiler.program import Pool, Program, encode_pool
@@ -163,13 +163,13 @@ def _with_rows(program: Program, new: Sequence[tuple[str, str]]) -> Program:
     voters = program.voters
     found: Retriever
     if isinstance(program.retriever, Dense):
-        retriever = new_retriever(settings.retriever, encoder=settings.encoder, seed=settings.seed)
+        retriever = new_retriever(settings.retriever, encoder=encoder_of(program), seed=settings.seed)
         retriever.fit(texts)
         found = Joined(program.retriever, retriever, rows=len(data))
     else:
         found = refitted(program, whole.texts)
     if voters is not None:
-        more_voters = new_retriever("dense", encoder=settings.encoder, seed=settings.seed)
+        more_voters = new_retriever("dense", encoder=encoder_of(program), seed=settings.seed)
         more_voters.fit(texts)
         voters = Joined(voters, more_voters, rows=len(data))
     return replace(program, pool=pool, retriever=found, voters=voters)

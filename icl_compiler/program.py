@@ -19,6 +19,7 @@ from icl_compiler.data import Dataset, normalise_text
 from icl_compiler.errors import BudgetError, EnsembleError
 from icl_compiler.explanation import Explanation, explanation, short
 from icl_compiler.layouts import Blocks, Expected, Layout
+from icl_compiler.reading import Reading
 from icl_compiler.reranker import Reranker, features
 from icl_compiler.selection import (
     Order,
@@ -48,7 +49,7 @@ class Settings:
 
     Attributes:
         model: the base model the prompts are for.
-        encoder: the model of sentence embeddings.
+        encoder: the model of sentence embeddings; with `+base` the base model's reading stands beside it.
         retriever: name in the table of retrievers.
         shots: most shots in a prompt.
         budget: most tokens in a prompt, its longest possible label word included.
@@ -117,6 +118,8 @@ class Program:
     """A dense index of the pool, where nearness counts (votes, reranking) and `retriever` is another one."""
     reranker: Reranker | None = None
     """Puts the retriever's candidates into another order; `dense` is there then."""
+    reading: Reading | None = None
+    """What the base model makes of a text, where that is a part of the encoder."""
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from typing import Any
 from icl_compiler.artifact import load_program
 from icl_compiler.backends.label_walk import LabelWalk
 from icl_compiler.backends.vllm_protocol import label_walk
-from icl_compiler.compile import named_encoder
+from icl_compiler.compile import remember
 from icl_compiler.corrections import Corrector, require_label
 from icl_compiler.errors import ContextLengthError, LabelError, ServingError, TemplateError
 from icl_compiler.feedback import FeedbackStore
@@ -190,7 +190,7 @@ async def _edition(
             "--budget"
         )
     # A server runs for months; the pool, and what comes now, is all that it needs to remember.
-    named_encoder(program.settings.encoder).remembered = max(_REMEMBERED, 2 * len(program.pool.data))
+    remember(program, max(_REMEMBERED, 2 * len(program.pool.data)))
     edition = Edition(name, version, program, Corrector(program), found, note=note)
     edition = await asyncio.to_thread(_corrected, edition, store)
     if program.task == "classification":

@@ -116,7 +116,7 @@ def test_a_retriever_of_ones_own(tmp_path, monkeypatch):
     try:
         assert compiled(retriever="own_retriever:Own").retriever.score_meaning == "own"
         with pytest.raises(RegistryError, match="unknown retriever 'own_retriever:Own'"):
-            new_retriever("own_retriever:Own", encoder="minilm", seed=0, trusted=False)
+            new_retriever("own_retriever:Own", encoder=HashedWords(), seed=0, trusted=False)
     finally:
         sys.modules.pop("own_retriever", None)
 

@@ -10,12 +10,13 @@ from sklearn.preprocessing import StandardScaler
 from tiny_model import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evaluation.reference.head import Head, Probe, features
+from evaluation.reference.head import Head, Probe
 from evaluation.reference.loop import LoopSettings
 from evaluation.reference.method import Task
 from evaluation.reference.objective import TrainingExample
 from evaluation.reference.trainer import finetune
 from icl_compiler.backends.hf_model import FrozenModel
+from icl_compiler.backends.hf_states import last_states
 from icl_compiler.data import Dataset
 from icl_compiler.errors import ContextLengthError, ModelError, TrainingError
 from icl_compiler.models import locate
@@ -31,7 +32,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @torch.no_grad()
-def last_states(model: str, prompts: list[list[int]]) -> np.ndarray:
+def states_by_hand(model: str, prompts: list[list[int]]) -> np.ndarray:
     """Each prompt alone, with what transformers calls the last hidden state."""
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     return np.stack(
@@ -41,8 +42,8 @@ def last_states(model: str, prompts: list[list[int]]) -> np.ndarray:
 
 def test_features_are_those_of_each_prompt_alone(tiny: str) -> None:
     prompts = [*PROMPTS, PROMPTS[0]]
-    states, usage = features(FrozenModel(tiny, "float32"), prompts)
-    np.testing.assert_allclose(states, last_states(tiny, prompts), atol=1e-4)
+    states, usage = last_states(FrozenModel(tiny, "float32"), prompts)
+    np.testing.assert_allclose(states, states_by_hand(tiny, prompts), atol=1e-4)
     assert usage.forwards > 1
     assert usage.prompt_tokens == sum(map(len, prompts)) > usage.computed_tokens
 
@@ -59,7 +60,7 @@ def test_is_the_logistic_regression_that_the_held_out_examples_choose(
     task = Task(tiny, examples[:300], examples[300:], labels, tuple(answers[:300]), tuple(answers[300:]))
     reports: list[tuple[object, ...]] = []
     fitted = Head().fit(task, LOOP, lambda *report: reports.append(report))
-    states = last_states(tiny, PROMPTS)
+    states = states_by_hand(tiny, PROMPTS)
     solvers = [
         make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=10_000, tol=1e-8)).fit(
             states[:300], answers[:300]

@@ -127,7 +127,7 @@ def test_own_shots_are_those_of_the_query_and_all_are_there():
     pairs = [(place, word) for place, word in product(("river", "house", "road"), ("red", "blue", "red"))]
     prompts = bench.Prompts(bench.open_backend(None, "echo"), "echo")
     data = bench._dataset(pairs)
-    own = prompts.program(data, ("red", "blue"), bench.new_retriever("bm25", encoder="none", seed=0), 3)
+    own = prompts.program(data, ("red", "blue"), bench._by_words(), 3)
     shots = own.explain("house").shots
     assert sorted((shot.text, shot.label) for shot in shots) == sorted(pairs[3:6])
     every = prompts.program(data, ("red", "blue"), bench._random(0), 9).explain("house").shots

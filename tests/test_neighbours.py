@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from evaluation.neighbours import VOTES, NeighboursVote
+from evaluation.neighbours import NeighboursVote
+from icl_compiler.calibration.vote_choice import VOTES
 from icl_compiler.calibration.votes import Vote
 from icl_compiler.data import Dataset
 from retrievers.dense import Dense

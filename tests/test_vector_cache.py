@@ -236,12 +236,12 @@ def test_a_model_that_cannot_be_told_from_others_is_not_cached(tmp_path, monkeyp
 
 def test_the_identity_of_a_model(tmp_path):
     (tmp_path / "a.json").write_text("1")
-    before = model_identity(tmp_path)
-    assert model_identity(tmp_path) == before
+    before = model_identity(tmp_path, "numpy")
+    assert model_identity(tmp_path, "numpy") == before
     (tmp_path / "a.json").write_text("12")
-    longer = model_identity(tmp_path)
+    longer = model_identity(tmp_path, "numpy")
     os.utime(tmp_path / "a.json", ns=(1, 1))
-    assert len({before, longer, model_identity(tmp_path)}) == 3
+    assert len({before, longer, model_identity(tmp_path, "numpy")}) == 3
 
 
 @pytest.mark.models

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from safetensors.numpy import load_file, save_file
 from scipy.special import log_softmax
@@ -21,14 +20,13 @@ from scipy.special import log_softmax
 from evaluation.reference.loop import Check, LoopSettings, Report
 from evaluation.reference.method import Fitted, Method, Task
 from evaluation.reference.trainer import Reference
-from icl_compiler.backends.backend import Progress, Usage, require_fit
+from icl_compiler.backends.backend import Progress, require_fit
 from icl_compiler.backends.hf_model import FrozenModel
+from icl_compiler.backends.hf_states import last_states
 from icl_compiler.compile import zero_shot_program
 from icl_compiler.errors import ModelError, TrainingError
 from icl_compiler.predictor import Predictions, Predictor
-from icl_compiler.prefix_tree import PrefixTree, plan_batches
 from icl_compiler.program import Program
-from icl_compiler.tokenizer import TokenIds
 
 _INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _FILE = "head.safetensors"
@@ -60,8 +58,8 @@ class Head(Method):
             )
         started = time.perf_counter()
         model = FrozenModel(task.model, network=task.load(task.frozen_dtype))
-        seen, _ = features(model, [example.prompt for example in task.train])
-        held_out, _ = features(model, [example.prompt for example in task.held_out])
+        seen, _ = last_states(model, [example.prompt for example in task.train])
+        held_out, _ = last_states(model, [example.prompt for example in task.held_out])
         right = [task.labels.index(answer) for answer in task.answers]
         held_out_right = [task.labels.index(answer) for answer in task.held_out_answers]
         mean, scale = seen.mean(axis=0), seen.std(axis=0)
@@ -165,29 +163,8 @@ class HeadPredictor:
         started = time.perf_counter()
         prompts = [prompt.tokens for prompt in self.program.prompts(texts)]
         require_fit(prompts, 0, model=self.program.settings.model, max_prompt_tokens=self.model.max_tokens)
-        states, usage = features(self.model, prompts, progress)
+        states, usage = last_states(self.model, prompts, progress)
         lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
         return Predictions(
             self.labels, np.exp(self.probe.logprobs(states)), lengths, usage, time.perf_counter() - started
         )
-
-
-def features(
-    model: FrozenModel, prompts: Sequence[TokenIds], progress: Progress | None = None
-) -> tuple[Float[np.ndarray, "prompts width"], Usage]:
-    """The last hidden state at the last token of each prompt, and what it cost; a batch is a tree of tokens."""
-    arrays = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
-    order = np.array(sorted(range(len(arrays)), key=lambda i: arrays[i].tolist()), dtype=np.int64)
-    states = np.empty((len(arrays), model.network.config.get_text_config().hidden_size))
-    computed = forwards = 0
-    limit = 8192 if model.on_gpu else 512
-    for batch in plan_batches([arrays[i] for i in order], extra=0, limit=limit):
-        rows = order[batch.start : batch.stop]
-        tree = PrefixTree.build([arrays[i] for i in rows]).padded()
-        hidden = model.run(tree.tokens, tree.positions, torch.from_numpy(tree.ancestors)[None, None], None)
-        states[rows] = model.pick(hidden, tree.ends).float().cpu().numpy()
-        computed += len(tree.tokens)
-        forwards += 1
-        if progress is not None:
-            progress(len(rows))
-    return states, Usage(sum(len(prompt) for prompt in prompts), computed, forwards)

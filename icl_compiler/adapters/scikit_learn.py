@@ -46,6 +46,7 @@ from icl_compiler.registry import CALIBRATIONS, did_you_mean
 from icl_compiler.table import kind, listed
 from icl_compiler.templates import Template
 
+_SEARCHED = ("encoder", "retriever", "shots", "order", "per_label", "template")  # unless they are named
 _ONE_AT_A_TIME = RLock()
 
 
@@ -90,7 +91,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         self,
         model: Any = "smollm2-135m",
         *,
-        encoder: Any = "minilm",
+        encoder: Any = None,
         template: Any = None,
         retriever: Any = None,
         shots: Any = None,
@@ -236,7 +237,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         program = compile_program(
             data,
             model=self.model,
-            encoder=self.encoder,
+            encoder=self.encoder or "minilm",
             template=self.template,
             retriever=DEFAULT_RETRIEVERS[level] if self.retriever is None else self.retriever,
             shots=_count("shots", self.shots),
@@ -270,7 +271,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
 
     def _named(self) -> dict[str, Any]:
         """What a search may change; `None` where it may."""
-        named = {name: getattr(self, name) for name in ("retriever", "shots", "order", "per_label", "template")}
+        named = {name: getattr(self, name) for name in _SEARCHED}
         # Averages deal the shots out, and fewer a prompt are no more what was named.
         return {**named, "ensembles": self.shots if self.ensembles is None else self.ensembles}
 

@@ -5,6 +5,7 @@
     -O2   retriever, number, order and balance of shots and template are searched on held-out rows of the pool
     -O3   -O2, and then instructions, a learned reranker and averages over prompts: see `level_three`
 
+- From -O2 on the base model's own reading of a text may stand beside the sentence encoder: see `encoders`.
 - What the user names is not searched: `--retriever bm25 -O2` looks for the best program with bm25.
 - `--retriever static` has the search choose one set for all texts (`static_sets`); it is not tried unless it is named.
 - -O2 starts from -O1, and compares with it once more at the end.
@@ -29,6 +30,7 @@ from icl_compiler.calibration.choosing import LEAST_QUERIES, fit_and_choose
 from icl_compiler.compile import laid_out, with_calibration
 from icl_compiler.data import Dataset
 from icl_compiler.errors import DataError
+from icl_compiler.optimise.encoders import choose_encoder
 from icl_compiler.optimise.judges import Asker, Judge, LabelJudge, Metric, TargetJudge
 from icl_compiler.optimise.layout_choice import cheapest_layout
 from icl_compiler.optimise.level_three import OF_LEVEL_2, level_3, set_apart
@@ -81,7 +83,7 @@ def optimise(
 
     Args:
         level: -O2 or -O3.
-        fixed: names of settings that stay as they are in `base`, of those in `Variant`.
+        fixed: names of settings that stay as they are in `base`: `encoder`, or those of `Variant`.
         queries: most model calls, one for each prompt that is scored; by default those of `QUERIES`.
         time_limit_s: after which the best so far is taken. What it is then depends on the machine.
         calibrations: of which the best is taken, and with which variants are judged if it is one; by default all that
@@ -100,6 +102,9 @@ def optimise(
     """
     queries = QUERIES[level] if queries is None else queries
     started = time.monotonic()
+    of_encoder: list[dict[str, Any]] = []
+    if "encoder" not in fixed:
+        base, of_encoder = choose_encoder(base, backend, queries=queries)
     answers = ScoreLog(log)
     asker = Asker(backend, answers, deadline=started + time_limit_s, progress=progress)
     held_out = held_out_data(base, validation)
@@ -162,7 +167,7 @@ def optimise(
         "device": backend.device,
         "seed": base.settings.seed,
     }
-    return Optimised(program, [how, *trace])
+    return Optimised(program, [how, *of_encoder, *trace])
 
 
 def _calibrated(

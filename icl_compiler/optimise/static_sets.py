@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from icl_compiler.compile import named_encoder
+from icl_compiler.compile import encoder_of
 from icl_compiler.optimise.search import Races
 from icl_compiler.optimise.variants import Variant
 from icl_compiler.selection import in_rounds
@@ -57,7 +57,7 @@ def _sets(races: Races, shots: int, draw: np.random.Generator) -> list[Drawn]:
     data = base.pool.data
     shots = min(shots, len(data))
     sets = [Drawn(tuple(races.variants.index("votek").search([""], shots).ids[0].tolist()), "vote-k")]
-    vectors = unit(named_encoder(base.settings.encoder).encode(data.texts))
+    vectors = unit(encoder_of(base).encode(data.texts))
     centres, _ = k_means(vectors, seed=base.settings.seed, clusters=shots)
     typical = dict.fromkeys(int(np.vecdot(vectors, centre).argmax()) for centre in centres)
     sets.append(Drawn(tuple(typical), "the typical rows of clusters"))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from icl_compiler.compile import laid_out, new_retriever, with_reranker
+from icl_compiler.compile import encoder_of, laid_out, new_retriever, with_reranker
 from icl_compiler.data import Dataset
 from icl_compiler.errors import BudgetError
 from icl_compiler.layouts import Layout
@@ -167,7 +167,7 @@ class Variants:
         """The retriever of this name over the pool; of `static` that with the set of these `rows`."""
         if rows or name not in self._indexes:
             settings, texts = self.base.settings, self.base.pool.data.texts
-            index = new_retriever(name, encoder=settings.encoder, seed=settings.seed)
+            index = new_retriever(name, encoder=encoder_of(self.base), seed=settings.seed)
             if rows and isinstance(index, Static):
                 index.choose([texts[row] for row in rows])
             index.fit(texts)

@@ -1,0 +1,131 @@
+"""What the base model makes of a text, as a vector: an encoder that knows the task, beside one of sentences.
+
+v(x) = (h(x) - mean) / scale, each coordinate by itself
+
+- h(x) is the last hidden state, after the final norm, where the answer to x would begin in the prompt without shots:
+  what the model would predict the answer from. Mean and standard deviation are those of the pool. "kNN prompting" (Xu
+  et al. 2023, arXiv 2303.13824) compares the law of the next token, which is computed from h.
+- It is computed in float32, whatever the engine computes in: in bfloat16 it would depend on the company that a text is
+  read in which rows are near it.
+- Of a prompt of more than 512 tokens the middle is left out.
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float32
+
+from icl_compiler.errors import ModelError
+from icl_compiler.models import cache_folder, locate
+from icl_compiler.templates import EncodedTemplate
+from icl_compiler.tokenizer import TokenIds
+from retrievers.encoder import CachedEncoder, folder_of, model_identity, unit
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from icl_compiler.backends.hf_model import FrozenModel
+
+MOST_TOKENS = 512
+"""Of a prompt that is read."""
+_FEW = 100  # texts; more take some seconds
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """The base model as an encoder.
+
+    Attributes:
+        model: its name.
+        template: of the prompt without shots.
+        mean: of each coordinate of the last hidden state, over the pool.
+        scale: its standard deviation there; 1 where that is 0.
+    """
+
+    model: str
+    template: EncodedTemplate
+    mean: Float32[np.ndarray, " width"]
+    scale: Float32[np.ndarray, " width"]
+
+    @classmethod
+    def fitted_to(cls, texts: "Sequence[str]", model: str, template: EncodedTemplate) -> "Reading":
+        """The one whose mean and scale are those of `texts`, one at least.
+
+        Raises:
+            ModelError: if the model cannot be loaded here.
+        """
+        if model == "echo":
+            raise ModelError("the model 'echo' makes nothing of a text; leave 'base' out of the encoder's name")
+        states = _states(model).encode(_keys(template, texts))
+        mean, scale = states.mean(axis=0), states.std(axis=0)
+        scale[scale == 0] = 1
+        return cls(model, template, mean, scale)
+
+    def fitted(self, texts: "Sequence[str]") -> "Reading":
+        """The same for another pool."""
+        return Reading.fitted_to(texts, self.model, self.template)
+
+    def encode(self, texts: "Sequence[str]") -> Float32[np.ndarray, "texts width"]:
+        """One vector of length 1 per text."""
+        if not len(texts):
+            return np.empty((0, len(self.mean)), dtype=np.float32)
+        return unit((_states(self.model).encode(_keys(self.template, texts)) - self.mean) / self.scale)
+
+    def remember(self, texts: int) -> None:
+        """Keep the states of so many texts in memory at most."""
+        _states(self.model).remembered = texts
+
+
+def shortened(prompt: TokenIds, most: int = MOST_TOKENS) -> list[int]:
+    """The prompt, without its middle where it is longer than `most`.
+
+    >>> shortened([1, 2, 3, 4, 5], 4), shortened([1, 2, 3], 4)
+    ([1, 2, 4, 5], [1, 2, 3])
+    """
+    half = most // 2
+    return list(prompt) if len(prompt) <= most else [*prompt[:half], *prompt[-half:]]
+
+
+def _keys(template: EncodedTemplate, texts: "Sequence[str]") -> list[str]:
+    """The prompts without shots, as texts that a cache knows them by: their tokens."""
+    return [" ".join(map(str, shortened([*template.head, *query]))) for query in template.queries(texts)]
+
+
+@cache
+def _states(model: str) -> "_States":
+    return _States(model)
+
+
+class _States(CachedEncoder):
+    """The last hidden state at the end of a prompt; the model is loaded for the first one."""
+
+    block = 1000
+
+    def __init__(self, model: str) -> None:
+        super().__init__(cache=cache_folder() / "vectors")
+        self._model = model
+
+    def _computed(self, texts: list[str]) -> Float32[np.ndarray, "texts width"]:
+        from tqdm import tqdm
+
+        from icl_compiler.backends.hf_states import last_states
+
+        prompts = [[int(token) for token in text.split()] for text in texts]
+        hidden = len(prompts) <= _FEW or not sys.stderr.isatty()
+        with tqdm(total=len(prompts), desc="reading the rows", unit="row", leave=False, disable=hidden) as bar:
+            states, _ = last_states(self._network, prompts, bar.update)
+        return states.astype(np.float32)
+
+    def _identity(self) -> str | None:
+        folder = folder_of(locate(self._model, kind="language model"))
+        return None if folder is None else f"last hidden states of {model_identity(Path(folder), 'transformers')}"
+
+    @cached_property
+    def _network(self) -> "FrozenModel":
+        from icl_compiler.backends.hf_model import FrozenModel
+
+        return FrozenModel(self._model, "float32")
