@@ -189,6 +189,7 @@ def _told(program: Program) -> Row:
     settings = program.settings
     return {
         "retriever": settings.retriever,
+        "encoder": settings.encoder,
         "shots": settings.shots,
         "order": settings.order,
         "per_label": settings.per_label,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 MOST_TOKENS = 512
 """Of a prompt that is read."""
 _FEW = 100  # texts; more take some seconds
+_ROUNDING = 1e-5  # of a hidden state in float32, read in other company
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ class Reading:
         model: its name.
         template: of the prompt without shots.
         mean: of each coordinate of the last hidden state, over the pool.
-        scale: its standard deviation there; 1 where that is 0.
+        scale: its standard deviation there; 1 where that is 0, or what rounding makes of it.
     """
 
     model: str
@@ -60,10 +61,10 @@ class Reading:
         """
         if model == "echo":
             raise ModelError("the model 'echo' makes nothing of a text; leave 'base' out of the encoder's name")
-        states = _states(model).encode(_keys(template, texts))
+        states = _states(model).encode(_keys(template, texts)).astype(np.float64)
         mean, scale = states.mean(axis=0), states.std(axis=0)
-        scale[scale == 0] = 1
-        return cls(model, template, mean, scale)
+        scale[scale <= _ROUNDING * (1 + np.abs(mean))] = 1
+        return cls(model, template, mean.astype(np.float32), scale.astype(np.float32))
 
     def fitted(self, texts: "Sequence[str]") -> "Reading":
         """The same for another pool."""
