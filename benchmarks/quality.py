@@ -18,6 +18,8 @@ all systems. `SYSTEMS` is the table of what is compared; whoever adds one writes
   those that are missing are trained: `--method rsr` with its defaults, on `--reference-examples` rows, two seeds. The
   search and the calibration then approximate the first one, on rows that it was not trained on; `tv` is the mean TV
   to it, `floor` that between the two, and the second one is a system too.
+- `O1-read` is -O1 with the base model's reading beside the encoder (`--encoder minilm+base`); a search at -O2 decides for
+  itself whether to have it. The vote has the encoder alone.
 - `--validation N` draws N further test rows, which are no queries: `O1-validated` and `O2-validated` calibrate, and
   search, on those in place of the pool's, as with `icl compile --validation`.
 - Differences are those of -O2 less a system, query by query, with 95 % intervals, each by itself: of accuracy and TV by
@@ -54,7 +56,7 @@ from evaluation.reference.trainer import finetune, load_reference
 from icl_compiler.backends.backend import Backend, Progress
 from icl_compiler.calibration.calibrating import calibrate
 from icl_compiler.calibration.held_out import LEAST_PROBABILITY
-from icl_compiler.compile import compile_program
+from icl_compiler.compile import compile_program, with_base
 from icl_compiler.compile_cli import ENOUGH_OTHERS
 from icl_compiler.data import Dataset, load_dataset
 from icl_compiler.optimise.levels import DEFAULT_RETRIEVERS, QUERIES, optimise
@@ -100,15 +102,17 @@ class Answer(NamedTuple):
     settings: Row
 
 
-def at_level(level: Literal[0, 1, 2, 3], calibrated: bool, validated: bool = False) -> Callable[[Task], Answer]:
-    """A program as `icl compile -O` makes it."""
+def at_level(
+    level: Literal[0, 1, 2, 3], calibrated: bool, validated: bool = False, encoder: str = ENCODER
+) -> Callable[[Task], Answer]:
+    """A program as `icl compile -O` makes it; a search may put the base model's reading beside the encoder."""
 
     def answer(task: Task) -> Answer:
         started, calls = time.perf_counter(), 0
         held_out = task.validation if validated else None
         among = None if validated else task.among  # the reference was not trained on test rows
         program = compile_program(
-            task.pool, model=task.backend.model, encoder=ENCODER, retriever=DEFAULT_RETRIEVERS[level],
+            task.pool, model=task.backend.model, encoder=encoder, retriever=DEFAULT_RETRIEVERS[level],
             budget=task.budget, seed=task.seed,
         )  # fmt: skip
         if level == 2 or level == 3:
@@ -173,6 +177,8 @@ SYSTEMS: Mapping[str, Callable[[Task], Answer]] = {
     "O0": at_level(0, calibrated=False),
     "O1": at_level(1, calibrated=False),
     "O1-calibrated": at_level(1, calibrated=True),
+    "O1-read": at_level(1, calibrated=False, encoder=with_base(ENCODER)),
+    "O1-read-calibrated": at_level(1, calibrated=True, encoder=with_base(ENCODER)),
     "O2": at_level(2, calibrated=True),
     "O1-validated": at_level(1, calibrated=True, validated=True),
     "O2-validated": at_level(2, calibrated=True, validated=True),
