@@ -18,8 +18,8 @@ all systems. `SYSTEMS` is the table of what is compared; whoever adds one writes
   those that are missing are trained: `--method rsr` with its defaults, on `--reference-examples` rows, two seeds. The
   search and the calibration then approximate the first one, on rows that it was not trained on; `tv` is the mean TV
   to it, `floor` that between the two, and the second one is a system too.
-- `O1-read` is -O1 with the base model's reading beside the encoder (`--encoder minilm+base`); a search at -O2 decides for
-  itself whether to have it. The vote has the encoder alone.
+- `O1-read` is -O1 with the base model's reading beside the encoder (`--encoder minilm+base`); a search at -O2 decides
+  for itself whether to have it. The vote has the encoder alone.
 - `--validation N` draws N further test rows, which are no queries: `O1-validated` and `O2-validated` calibrate, and
   search, on those in place of the pool's, as with `icl compile --validation`.
 - Differences are those of -O2 less a system, query by query, with 95 % intervals, each by itself: of accuracy and TV by

@@ -13,6 +13,7 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -188,6 +189,8 @@ def _decision(
         level=level,
         floor=_interval(floor) if floor else None,
     )
+    if floor and (beyond := difference_of_gaps(floor, by_size[found.n])):
+        found = replace(found, beyond_floor=Interval(beyond.low, beyond.high))
     said = [
         found.sentence,
         f"The verdict on {epsilon:g} is wrong with probability at most {100 * (1 - level):.3g} %, if the queries were "

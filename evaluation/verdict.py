@@ -38,6 +38,7 @@ class Verdict:
         further_queries: of an undecided verdict, how many more would decide if the gap is as measured; `None` where the
             measured gap is at epsilon, so that no number can be foreseen.
         floor: interval of the gap between two fine-tunings, if it was given.
+        beyond_floor: the gap with `n` examples less the floor, query by query, where each is known; in [-1, 1].
     """
 
     answer: Answer
@@ -50,6 +51,7 @@ class Verdict:
     intervals: tuple[Interval, ...]
     further_queries: int | None = None
     floor: Interval | None = None
+    beyond_floor: Interval | None = None
 
     @property
     def advice(self) -> Literal["prompt", "fine-tune", "undecided"]:
@@ -60,13 +62,18 @@ class Verdict:
 
     @property
     def against_floor(self) -> Literal["above", "at", "below"] | None:
-        """Where the interval of the gap with `n` examples lies, seen from the floor; "at" if the two overlap."""
+        """Where the gap with `n` examples lies, seen from the floor; "at" where the queries do not tell.
+
+        By the difference query by query where that is known, else by whether the two intervals overlap.
+        """
         if self.floor is None:
             return None
         low, high = self.intervals[self.sizes.index(self.n)]
-        if low > self.floor.high:
-            return "above"
-        return "below" if high < self.floor.low else "at"
+        if self.beyond_floor is not None:
+            beyond = self.beyond_floor
+        else:
+            beyond = Interval(low - self.floor.high, high - self.floor.low)
+        return "above" if beyond.low > 0 else "below" if beyond.high < 0 else "at"
 
     @property
     def sentence(self) -> str:
@@ -106,6 +113,8 @@ class Verdict:
         if self.floor is None or self.against_floor is None:
             return []
         floor = f"the floor, {brackets(*self.floor, digits=3)}"
+        if self.beyond_floor is not None:
+            floor += f" (by {brackets(*self.beyond_floor, digits=3)} query by query)"
         with_n = f"With {counted(self.n, 'example')} the gap is"
         found = {
             "above": f"{with_n} above {floor}: a second fine-tuning is closer to the reference.",

@@ -245,6 +245,18 @@ def seeds(gaps, **changes):
     ]
 
 
+def test_the_floor_is_compared_query_by_query(decided):
+    """The two intervals overlap; every query says that the prompt is further away than a second fine-tuning."""
+    rows, floors = seeds({0: {256: 0.2}}), seeds({0: {256: 0.15}}, series="floor")
+    (found,) = decided([*rows, *floors])
+    assert found["intervals"][-1][0] < found["floor"][1]
+    assert found["against_floor"] == "above"
+    assert 0 < found["beyond_floor"][0] < 0.05 < found["beyond_floor"][1]
+    assert "query by query): a second fine-tuning is closer to the reference" in " ".join(found["sentences"])
+    (without,) = decided([*rows, *({k: v for k, v in floor.items() if k != "gaps"} for floor in floors)])
+    assert (without["against_floor"], without["beyond_floor"]) == ("at", None)
+
+
 def test_seeds_that_asked_the_same_queries_have_one_verdict(decided):
     """The two seeds' gaps vary against each other, so that the mean of both is known better than either."""
     rows = seeds({0: {16: 0.2, 256: 0.05}, 1: {16: 0.3, 256: 0.09}})
