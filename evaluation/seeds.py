@@ -85,14 +85,21 @@ def _means(rows: Sequence[Measurement], seeds: tuple[int, ...]) -> list[Measurem
     found = []
     for group in groups.values():
         if sorted(row.seed for row in group if row.seed is not None) == sorted(seeds):
-            mean = _mean(group)
+            mean = mean_over_seeds(group)
             if mean is None:
                 return None
             found.append(mean)
     return found
 
 
-def _mean(rows: Sequence[Measurement]) -> Measurement | None:
+def mean_over_seeds(rows: Sequence[Measurement]) -> Measurement | None:
+    """The row of the mean over rows that differ in their seed only; `None` where they do not say each query's gap.
+
+    >>> seeds = ((0, 0.2), (1, 0.4))
+    >>> mean = mean_over_seeds([Measurement("floor", gap=g, level=0.95, gaps=(g, 0.0), seed=s) for s, g in seeds])
+    >>> round(mean.gap, 3), [round(gap, 3) for gap in mean.gaps]
+    (0.15, [0.3, 0.0])
+    """
     first, each = rows[0], [row.gaps for row in rows]
     if any(gaps is None or not gaps for gaps in each) or len({len(gaps or ()) for gaps in each}) > 1:
         return None
