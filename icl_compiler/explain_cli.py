@@ -17,7 +17,7 @@ def explain(program: Path, query: str | None, as_json: bool) -> None:
 
     PROGRAM is a folder that `icl compile` wrote. Without a --query: its settings, its calibration, and what the
     search tried. With one: the prompt, exactly as the language model reads it, and why each shot is in it. The
-    model itself does not run.
+    prompt is not sent to it.
 
     \b
       icl explain program
