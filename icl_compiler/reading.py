@@ -11,6 +11,7 @@ v(x) = (h(x) - mean) / scale, each coordinate by itself
 """
 
 import sys
+import time
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -79,6 +80,16 @@ class Reading:
     def remember(self, texts: int) -> None:
         """Keep the states of so many texts in memory at most."""
         _states(self.model).remembered = texts
+
+
+def read_ahead(texts: "Sequence[str]", model: str, template: EncodedTemplate, *, until: float) -> bool:
+    """Read the texts and remember them; whether that was done before `until`, of `time.monotonic`."""
+    keys, block = _keys(template, texts), _States.block
+    for start in range(0, len(keys), block):
+        if time.monotonic() >= until:
+            return False
+        _states(model).encode(keys[start : start + block])
+    return True
 
 
 def shortened(prompt: TokenIds, most: int = MOST_TOKENS) -> list[int]:

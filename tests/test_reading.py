@@ -224,6 +224,18 @@ def test_says_why_nothing_is_read(tiny: str, monkeypatch: pytest.MonkeyPatch) ->
     assert choose_encoder(program(tiny), backend, queries=9999).told == []
 
 
+def test_a_time_limit_ends_the_reading(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading_module._States, "block", 5)
+    base, backend = program(tiny, encoder="minilm"), TransformersBackend(tiny, "float32")
+    found = optimise(base, backend, queries=80, time_limit_s=1e-9, calibrations=["none"])
+    assert found.program.settings.encoder == "minilm"
+    assert {"note": "the encoder stays minilm: half the time was up"} in found.trace
+    clock = iter([0.0, 1.0, 2.0, 3.0])  # the pool of twelve has three blocks
+    monkeypatch.setattr("icl_compiler.reading.time.monotonic", lambda: next(clock))
+    assert choose_encoder(base, backend, queries=9999, until=2.0).told[0]["note"].endswith("half the time was up")
+    assert len(reading_module._states(tiny)._known) == 10
+
+
 def test_a_model_that_cannot_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="leave 'base' out of the encoder's name"):
         program("echo")

@@ -5,6 +5,7 @@
   shots is asked, and many more rows can be looked at than a race may ask about.
 - Texts are read where the engine is in this process, the model has no more than a billion parameters (whoever serves
   the program reads each query with it), and the pool has no more tokens than half of those that the search may ask.
+  With a time limit the reading is broken off when half of that is up; what was read is not read again.
 """
 
 from dataclasses import replace
@@ -18,6 +19,7 @@ from icl_compiler.calibration.vote_choice import best_vote, drawn_rows, losses_o
 from icl_compiler.compile import with_dense, with_reading
 from icl_compiler.data import normalise_text
 from icl_compiler.program import Program
+from icl_compiler.reading import read_ahead
 
 MOST_PARAMETERS = 1_000_000_000
 """Of a model that reads each query beside the engine that answers it."""
@@ -32,16 +34,19 @@ class Chosen(NamedTuple):
     told: list[dict[str, Any]]
 
 
-def choose_encoder(base: Program, backend: Backend, *, queries: int) -> Chosen:
+def choose_encoder(base: Program, backend: Backend, *, queries: int, until: float = float("inf")) -> Chosen:
     """`base` with the base model's reading beside its encoder, if the pool's neighbours vote better so.
 
     Args:
         queries: most prompts of the search.
+        until: of `time.monotonic`, when the reading is broken off.
     """
     if base.reading is not None or not base.labels:
         return Chosen(base, [])
     if reason := _why_not(base, backend, queries):
         return Chosen(base, [{"note": f"the encoder stays {base.settings.encoder}: {reason}"}])
+    if not read_ahead(base.pool.data.texts, base.settings.model, base.template, until=until):
+        return Chosen(base, [{"note": f"the encoder stays {base.settings.encoder}: half the time was up"}])
     tried = [with_dense(base), with_reading(with_dense(base))]
     losses = [_losses(program) for program in tried]
     best = int(np.argmin([each.mean() for each in losses]))

@@ -51,6 +51,8 @@ QUERIES = {2: 1500, 3: 3000}
 LEAST_ROWS = 8
 OF_LAYOUTS = 0.25
 """Share of a search that is for its layouts, where they are searched."""
+OF_READING = 0.5
+"""Share of a time limit after which no more rows are read to choose an encoder."""
 OF_STATIC = 0.6
 """Share of what -O2 may ask that goes into a static set, where one is wanted."""
 
@@ -104,7 +106,7 @@ def optimise(
     started = time.monotonic()
     of_encoder: list[dict[str, Any]] = []
     if "encoder" not in fixed:
-        base, of_encoder = choose_encoder(base, backend, queries=queries)
+        base, of_encoder = choose_encoder(base, backend, queries=queries, until=started + OF_READING * time_limit_s)
     answers = ScoreLog(log)
     asker = Asker(backend, answers, deadline=started + time_limit_s, progress=progress)
     held_out = held_out_data(base, validation)
