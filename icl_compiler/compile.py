@@ -19,7 +19,7 @@ from icl_compiler.errors import BudgetError, DataError, EnsembleError, RegistryE
 from icl_compiler.layouts import Expected, Layout, computed_tokens, make_blocks
 from icl_compiler.models import cache_folder, locate
 from icl_compiler.program import SAME_FOR_ALL, Program, Settings, encode_pool
-from icl_compiler.reading import Reading
+from icl_compiler.reading import VECTORS, Reading
 from icl_compiler.registry import RETRIEVERS, did_you_mean, resolve
 from icl_compiler.reranker import Reranker
 from icl_compiler.selection import Order, joined
@@ -347,7 +347,11 @@ def joint_encoder(name: str, reading: Reading | None) -> Encoder:
         if part == BASE and reading is None:
             raise ValueError(f"the encoder {name!r} reads with the base model, and there is no reading")
         parts.append(reading if part == BASE and reading is not None else named_encoder(part))
-    return parts[0] if len(parts) == 1 else Concatenated(parts)
+    return (
+        parts[0]
+        if len(parts) == 1
+        else Concatenated(parts, [float(VECTORS) if part is reading else 1.0 for part in parts])
+    )
 
 
 def remember(program: Program, texts: int) -> None:

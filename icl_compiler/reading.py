@@ -1,10 +1,12 @@
 """What the base model makes of a text, as a vector: an encoder that knows the task, beside one of sentences.
 
-v(x) = (h(x) - mean) / scale, each coordinate by itself
+v(x) = (h(x) - mean) / scale, each coordinate by itself, for two hidden states h, side by side, each of length 1
 
-- h(x) is the last hidden state, after the final norm, where the answer to x would begin in the prompt without shots:
-  what the model would predict the answer from. Mean and standard deviation are those of the pool. "kNN prompting" (Xu
-  et al. 2023, arXiv 2303.13824) compares the law of the next token, which is computed from h.
+- x is read in the prompt without shots, so that the model knows the task. The first h is the mean over the tokens of
+  the query after three fifths of the layers: what the text is about. The second is the last state, where the answer
+  would begin: what the model would say. Either alone is worse on some tasks (docs/compiling.md has figures).
+- Mean and standard deviation are those of the pool. "kNN prompting" (Xu et al. 2023, arXiv 2303.13824) compares the law
+  of the next token, which is computed from the second h.
 - It is computed in float32, whatever the engine computes in: in bfloat16 it would depend on the company that a text is
   read in which rows are near it.
 - Of a prompt of more than 512 tokens the middle is left out.
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
 
     from icl_compiler.backends.hf_model import FrozenModel
 
+DEPTH = 0.6
+"""Share of the layers after which the mean is taken."""
+VECTORS = 2
+"""That stand side by side."""
 MOST_TOKENS = 512
 """Of a prompt that is read."""
 _FEW = 100  # texts; more take some seconds
@@ -44,7 +50,7 @@ class Reading:
     Attributes:
         model: its name.
         template: of the prompt without shots.
-        mean: of each coordinate of the last hidden state, over the pool.
+        mean: of each coordinate of both states, over the pool.
         scale: its standard deviation there; 1 where that is 0, or what rounding makes of it.
     """
 
@@ -72,10 +78,11 @@ class Reading:
         return Reading.fitted_to(texts, self.model, self.template)
 
     def encode(self, texts: "Sequence[str]") -> Float32[np.ndarray, "texts width"]:
-        """One vector of length 1 per text."""
+        """Two vectors of length 1 per text, scaled to length 1 together."""
         if not len(texts):
             return np.empty((0, len(self.mean)), dtype=np.float32)
-        return unit((_states(self.model).encode(_keys(self.template, texts)) - self.mean) / self.scale)
+        both = (_states(self.model).encode(_keys(self.template, texts)) - self.mean) / self.scale
+        return np.hstack([unit(part) for part in np.split(both, VECTORS, axis=1)]) * np.float32(VECTORS**-0.5)
 
     def remember(self, texts: int) -> None:
         """Keep the states of so many texts in memory at most."""
@@ -103,8 +110,10 @@ def shortened(prompt: TokenIds, most: int = MOST_TOKENS) -> list[int]:
 
 
 def _keys(template: EncodedTemplate, texts: "Sequence[str]") -> list[str]:
-    """The prompts without shots, as texts that a cache knows them by: their tokens."""
-    return [" ".join(map(str, shortened([*template.head, *query]))) for query in template.queries(texts)]
+    """The prompts without shots, as texts that a cache knows them by: where the query begins, and the tokens."""
+    begin = min(len(template.head), MOST_TOKENS // 2)
+    prompts = [shortened([*template.head, *query]) for query in template.queries(texts)]
+    return [" ".join(map(str, [begin, *prompt])) for prompt in prompts]
 
 
 @cache
@@ -113,7 +122,7 @@ def _states(model: str) -> "_States":
 
 
 class _States(CachedEncoder):
-    """The last hidden state at the end of a prompt; the model is loaded for the first one."""
+    """Both hidden states of a prompt; the model is loaded for the first one."""
 
     block = 1000
 
@@ -124,20 +133,28 @@ class _States(CachedEncoder):
     def _computed(self, texts: list[str]) -> Float32[np.ndarray, "texts width"]:
         from tqdm import tqdm
 
-        from icl_compiler.backends.hf_states import last_states
+        from icl_compiler.backends.hf_states import reading_states
 
-        prompts = [[int(token) for token in text.split()] for text in texts]
+        begins, prompts = zip(*((begin, tokens) for begin, *tokens in map(_numbers, texts)), strict=True)
         hidden = len(prompts) <= _FEW or not sys.stderr.isatty()
         with tqdm(total=len(prompts), desc="reading the rows", unit="row", leave=False, disable=hidden) as bar:
-            states, _ = last_states(self._network, prompts, bar.update)
-        return states.astype(np.float32)
+            layer = max(1, round(DEPTH * len(self._network.network.base_model.layers)))
+            return reading_states(self._network, prompts, begins, layer, bar.update).astype(np.float32)
 
     def _identity(self) -> str | None:
         folder = folder_of(locate(self._model, kind="language model"))
-        return None if folder is None else f"last hidden states of {model_identity(Path(folder), 'transformers')}"
+        return (
+            None
+            if folder is None
+            else f"hidden states, mean {DEPTH:.3f} deep and last, of {model_identity(Path(folder), 'transformers')}"
+        )
 
     @cached_property
     def _network(self) -> "FrozenModel":
         from icl_compiler.backends.hf_model import FrozenModel
 
         return FrozenModel(self._model, "float32")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split()]

@@ -127,7 +127,10 @@ class SentenceEncoder(CachedEncoder):
 
 
 class Concatenated:
-    """Several encoders as one, whose cosine is the mean of theirs: their vectors side by side, each of length 1.
+    """Several encoders as one, whose cosine is the weighted mean of theirs: their vectors side by side.
+
+    Args:
+        weights: of their cosines; by default all alike.
 
     >>> class Fixed:
     ...     def __init__(self, *vector: float) -> None:
@@ -138,13 +141,15 @@ class Concatenated:
     [[0.7099999785423279, 0.0, 0.41999998688697815, 0.5699999928474426]]
     """
 
-    def __init__(self, parts: Sequence[Encoder]) -> None:
+    def __init__(self, parts: Sequence[Encoder], weights: Sequence[float] | None = None) -> None:
         self._parts = parts
+        shares = np.ones(len(parts)) if weights is None else np.array(weights, dtype=np.float64)
+        self._lengths = np.sqrt(shares / shares.sum()).astype(np.float32)
 
     def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "texts width"]:
         """The vectors of all parts of each text, scaled to length 1 together."""
-        share = np.float32(len(self._parts) ** -0.5)
-        return np.hstack([unit(part.encode(texts)) * share for part in self._parts])
+        parts = zip(self._parts, self._lengths, strict=True)
+        return np.hstack([unit(part.encode(texts)) * length for part, length in parts])
 
 
 def folder_of(name: str) -> Path | None:

@@ -51,21 +51,27 @@ def program(model: str, data: Dataset | None = None, encoder: str = "minilm+base
 
 @torch.no_grad()
 def states_by_hand(model: str, made, texts) -> np.ndarray:
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    """Each text alone: the mean over the query after the first of two layers, and the last state."""
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).base_model
+    head = len(made.template.head)
     prompts = [[*made.template.head, *query] for query in made.template.queries(list(texts))]
-    return np.stack([network.base_model(torch.tensor([p])).last_hidden_state[0, -1].numpy() for p in prompts])
+    found = [network(torch.tensor([prompt]), output_hidden_states=True) for prompt in prompts]
+    means = [said.hidden_states[1][0, head:].mean(dim=0).numpy() for said in found]
+    return np.hstack([np.stack(means), np.stack([said.last_hidden_state[0, -1].numpy() for said in found])])
 
 
-def test_is_the_standardised_last_hidden_state_beside_the_sentence_vector(tiny: str) -> None:
+def test_is_the_standardised_mean_hidden_state_beside_the_sentence_vector(tiny: str) -> None:
     made = program(tiny)
     pool = states_by_hand(tiny, made, made.pool.data.texts)
     expected = (states_by_hand(tiny, made, QUERIES) - pool.mean(axis=0)) / pool.std(axis=0)
-    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    first, last = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in np.split(expected, 2, axis=1))
+    expected = np.hstack([first, last]) / np.sqrt(2)
     np.testing.assert_allclose(made.reading.encode(QUERIES), expected, atol=1e-3)
     both = encoder_of(made).encode(QUERIES)
-    cosines = (HashedWords().encode(QUERIES) @ HashedWords().encode(QUERIES).T + expected @ expected.T) / 2
+    words = HashedWords().encode(QUERIES)
+    cosines = (words @ words.T + first @ first.T + last @ last.T) / 3
     np.testing.assert_allclose(both @ both.T, cosines, atol=1e-3)
-    assert both.shape == (4, WIDTH + 32)
+    assert both.shape == (4, WIDTH + 64)
 
 
 def test_alone_it_finds_the_rows_that_the_model_takes_for_alike(tiny: str) -> None:
