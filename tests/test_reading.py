@@ -13,6 +13,7 @@ from tiny_model import save_byte_model
 from toys import CountingEcho, customers, in_a_new_process
 from transformers import AutoModelForCausalLM
 
+from benchmarks import reading as benchmark
 from evaluation.evaluate import predictor_of
 from evaluation.neighbours import NeighboursVote
 from icl_compiler import compile as compiling
@@ -252,6 +253,21 @@ def test_a_model_that_cannot_read_is_refused(tmp_path: Path) -> None:
     assert "the model 'echo' makes nothing of a text" in said.output
     assert "Traceback" not in said.output
     assert not (tmp_path / "p").exists()
+
+
+def test_the_benchmark_takes_the_reading_apart(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "MODEL", tiny)
+    for module in (benchmark, compiling):
+        monkeypatch.setattr(module, "named_encoder", lambda name: Blind())
+    letters = first_letters(120)
+    pool, queries = letters.take(range(90)), letters.take(range(90, 120))
+    found = benchmark.encoders(pool)
+    halves = [benchmark.Part(found["base"], number).encode(queries.texts) for number in (0, 1)]
+    np.testing.assert_array_equal(np.hstack(halves), found["base"].encode(queries.texts))
+    rows = {name: benchmark.vote(encoder, pool, queries) for name, encoder in found.items()}
+    assert list(rows) == ["minilm", "minilm+mean", "minilm+last", "base", "minilm+base"]
+    assert rows["minilm"]["log_loss"] == pytest.approx(np.log(3), abs=1e-3)  # all rows are alike to it
+    assert rows["minilm+base"]["left_out"] < rows["minilm"]["left_out"]
 
 
 REAL_MODELS = """
