@@ -347,11 +347,9 @@ def joint_encoder(name: str, reading: Reading | None) -> Encoder:
         if part == BASE and reading is None:
             raise ValueError(f"the encoder {name!r} reads with the base model, and there is no reading")
         parts.append(reading if part == BASE and reading is not None else named_encoder(part))
-    return (
-        parts[0]
-        if len(parts) == 1
-        else Concatenated(parts, [float(VECTORS) if part is reading else 1.0 for part in parts])
-    )
+    if len(parts) == 1:
+        return parts[0]
+    return Concatenated(parts, [float(VECTORS) if part is reading else 1.0 for part in parts])
 
 
 def remember(program: Program, texts: int) -> None:
