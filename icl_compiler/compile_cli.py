@@ -94,8 +94,8 @@ ENOUGH_OTHERS = 50
     metavar="NAME",
     show_default="minilm; from -O2 on minilm+base, where neighbours vote better with it",
     help="Model of sentence embeddings, by which texts are near each other. NAME+base: what the language model makes "
-    "of a text counts as much; it then reads each query once more, in this process. Not used by uniform, bm25 and "
-    "coverage.",
+    "of a text counts, too (twice as much); it then reads each query once more, in this process. Not used by "
+    "uniform, bm25 and coverage.",
 )
 @click.option(
     "--order",

@@ -7,6 +7,7 @@
 """
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib.metadata import version
@@ -23,7 +24,7 @@ _REMEMBERED = 200_000
 _FEW = 100  # texts; more take over two seconds on a slow processor
 
 
-class CachedEncoder:
+class CachedEncoder(ABC):
     """What all encoders share: a text is encoded once.
 
     Args:
@@ -53,13 +54,13 @@ class CachedEncoder:
             return np.empty((0, 0), dtype=np.float32)
         return np.stack([self._known[text] for text in texts])
 
+    @abstractmethod
     def _computed(self, texts: list[str]) -> Float32[np.ndarray, "texts width"]:
         """The vectors of texts that were not encoded before."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _identity(self) -> str | None:
         """What tells the model from any other, or from itself after training; `None` keeps nothing on disk."""
-        raise NotImplementedError
 
     def _vectors(self, texts: list[str]) -> dict[str, Float32[np.ndarray, " width"]]:
         cache = self._cache if len(texts) > _FEW else None
