@@ -7,11 +7,14 @@
 - main: each method on 2,222 label-balanced rows (a tenth of them, at most 200, held out) of each dataset, three seeds.
   SHiRA has as many parameters as RSR. Accuracy and negative log-likelihood are over 400 test rows
   drawn at random; processor seconds are those of the whole training process, its start included; the peak is its
-  resident memory. `floor` is the TV between two seeds of a method.
+  resident memory. `floor` rows follow: the TV between two seeds of a method on these rows, with an interval, where
+  the answers of both lie in `bench-references` here.
 - ablation: RSR with all of its parts, and with one of them switched off, or exchanged, on 600 label-balanced rows and
   200 held out of banking77 and of subj, three seeds; the loss of the right answer over the same 400 test rows, paired
   by row. The eight parts (`docs/references.md`) come first, other choices after them.
 - workers: RSR by one and by two processes, on 1,111 rows of banking77; alone on the machine, with all its threads.
+- cascade: three generations of `icl cascade` on 1,111 rows of banking77 and of subj, each of three quarters of the
+  parameters of the one before, which stop at no loss; a row for each model. Killed, it goes on in `bench-references`.
 
 Rows are appended to `benchmarks/rows/references.jsonl`; what stands there is not measured again, so that the command
 can be stopped at any time. `--datasets`, `--methods`, `--variants` and `--seeds` take a part, `--set frontier=10`
@@ -20,6 +23,7 @@ tables of `docs/references.md` are printed.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -37,6 +41,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.parts.kept import Row, data_folder, keep, rows_of
 from evaluation.evaluate import commit, machine
+from evaluation.intervals import betting
 from evaluation.reference.method import Task
 from evaluation.reference.objective import AnswerLoss
 from evaluation.reference.trainer import Reference, load_reference, training_examples
@@ -92,7 +97,8 @@ WORKERS = {
     "two, apart": {"workers": "2", "schedule": "local"},
     "two, a module each": {"workers": "2", "schedule": "modules", "modules": "2"},
 }
-TEST_ROWS, SEARCH_ROWS, MAIN_ROWS, ABLATION_ROWS, WORKERS_ROWS = 400, 600, 2222, 800, 1111
+TEST_ROWS, SEARCH_ROWS, MAIN_ROWS, ABLATION_ROWS, WORKERS_ROWS, CASCADE_ROWS = 400, 600, 2222, 800, 1111, 1111
+CASCADED = ("banking77", "subj")
 
 
 class Cell(NamedTuple):
@@ -210,9 +216,9 @@ def learned(folder: Path) -> list[Path]:
     return [file for file in folder.rglob("*") if file.suffix in (".safetensors", ".bin") or "adapter" in file.name]
 
 
-def test_rows(cell: Cell, data: Path) -> Dataset:
+def test_rows(dataset: str, data: Path) -> Dataset:
     """The rows that every reference is asked about."""
-    test = load_dataset(str(data / cell.dataset / "test.jsonl"))
+    test = load_dataset(str(data / dataset / "test.jsonl"))
     rows = np.sort(np.random.default_rng(0).permutation(len(test))[:TEST_ROWS])
     return test.take(rows.tolist())
 
@@ -221,7 +227,7 @@ def answer_losses(cell: Cell, reference: Reference, data: Path) -> Row:
     """The negative log-likelihood of each test row's answer among all texts, as training counts it, in nats."""
     tokenizer = load_tokenizer(reference.base_model)
     encoded = EncodedTemplate.build(reference.template, tokenizer, reference.labels)
-    examples = training_examples(encoded, test_rows(cell, data))
+    examples = training_examples(encoded, test_rows(cell.dataset, data))
     loss = AnswerLoss(reference.network(), (), examples, bfloat16=Task("", (), ()).bfloat16)
     with torch.no_grad():
         parts = [loss.losses(range(i, min(i + 50, len(examples))), held_out=True) for i in range(0, len(examples), 50)]
@@ -231,12 +237,11 @@ def answer_losses(cell: Cell, reference: Reference, data: Path) -> Row:
 
 def ask(cell: Cell, reference: Reference, data: Path) -> Row:
     """How right the reference is; its answers are kept for the floor."""
-    test = test_rows(cell, data)
+    test = test_rows(cell.dataset, data)
     said = reference.predictor().predict(test.texts)
     right = [said.labels.index(answer) for answer in test.answers]
     ANSWERS.mkdir(exist_ok=True)
-    name = "-".join(map(str, cell.key)).replace(" ", "_")
-    np.save(ANSWERS / f"{name}.npy", said.probabilities)
+    np.save(answers(cell.key), said.probabilities)
     of_right = said.probabilities[range(len(right)), right]
     return {
         "accuracy": float((said.best == right).mean()),
@@ -245,14 +250,56 @@ def ask(cell: Cell, reference: Reference, data: Path) -> Row:
     }
 
 
-def floors() -> Iterator[Row]:
-    """The TV between two seeds of each method on each dataset, where the answers of both are in this folder."""
-    for name in DATASETS:
-        for method in RATES:
-            found = sorted(ANSWERS.glob(f"main-{name}-{method}-*.npy"))
-            if len(found) > 1:
-                tv = tv_distance(*(with_other(np.load(file)) for file in found[:2]))
-                yield {"stage": "floor", "dataset": name, "method": method, "tv": float(np.mean(tv))}
+def floors(method: str, dataset: str) -> Iterator[Row]:
+    """The TV between two seeds of a method, where the answers of both lie here, and its 95 % interval."""
+    known = [row["key"] for row in rows_of(ROWS)]
+    cells: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows_of(ROWS):
+        if (row["stage"], row["dataset"], row["method"]) == ("main", dataset, method) and answers(row["key"]).exists():
+            cells.setdefault((row["variant"], row["rate"]), []).append(row)
+    for (variant, rate), rows in cells.items():
+        for one, other in itertools.combinations(sorted(rows, key=lambda row: int(row["seed"])), 2):
+            key = ["floor", dataset, method, variant, rate, [one["seed"], other["seed"]]]
+            if key in known:
+                continue
+            tv = tv_distance(*(with_other(np.load(answers(row["key"]))) for row in (one, other)))
+            yield {
+                "key": key,
+                "stage": "floor",
+                "dataset": dataset,
+                "method": method,
+                "variant": variant,
+                "rate": rate,
+                "seed": key[-1],
+                "tv": float(tv.mean()),
+                "interval": list(betting(tv)),
+                "test_rows": len(tv),
+                "commits": [one["commit"], other["commit"]],
+            }
+
+
+def answers(key: list[object]) -> Path:
+    """Where the probabilities are kept that a reference gave the test rows."""
+    return ANSWERS / f"{'-'.join(map(str, key)).replace(' ', '_')}.npy"
+
+
+def cascade(dataset: str, data: Path) -> Iterator[Row]:
+    """Three generations on a dataset, a row for each model that was measured."""
+    ANSWERS.mkdir(exist_ok=True)
+    folder, test = ANSWERS / f"cascade-{dataset}", ANSWERS / f"{dataset}-test.jsonl"
+    asked = test_rows(dataset, data)
+    lines = [json.dumps({"text": text, "label": label}) for text, label in zip(asked.texts, asked.answers, strict=True)]
+    test.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    command = [str(Path(sys.executable).with_name("icl")), "cascade", str(data / dataset / "train.jsonl")]
+    command += ["--test", str(test), "-o", str(folder), "--examples", str(CASCADE_ROWS), "--tolerance", "1000"]
+    command += ["--epochs", str(EPOCHS[dataset]), "--healing-epochs", str(EPOCHS[dataset])]
+    print("$", " ".join(command[1:]), flush=True)
+    if status := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        sys.exit(f"it ended with {status}")
+    for row in rows_of(folder / "rows.jsonl"):
+        whole = {"stage": "cascade", "dataset": dataset, "method": "rsr", "variant": f"generation {row['generation']}"}
+        made = {"rows": CASCADE_ROWS, "epochs": EPOCHS[dataset], "machine": machine(), "commit": commit()}
+        yield {"key": ["cascade", dataset, row["generation"]], **whole, **row, **made}
 
 
 def effects() -> Iterator[Row]:
@@ -278,22 +325,24 @@ def effects() -> Iterator[Row]:
 def tables() -> str:
     """What was measured, in Markdown: means over seeds, with the lowest and the highest."""
     lines = []
-    for stage in ("search", "main", "ablation", "workers"):
+    for stage in ("search", "main", "floor", "ablation", "workers", "cascade"):
         groups: dict[tuple[object, ...], list[Row]] = {}
         for row in rows_of(ROWS):
             if row["stage"] == stage:
-                groups.setdefault((row["dataset"], row["method"], row["variant"], row["rate"]), []).append(row)
+                groups.setdefault((row["dataset"], row["method"], row["variant"], row.get("rate")), []).append(row)
         columns = ["dataset", "method", "variant", "rate", "seeds", *_NUMBERS]
         lines += ["", stage, "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
         for group, rows in sorted(groups.items(), key=lambda item: str(item[0])):
-            cells = [*group, len(rows), *(_cell([row[name] for row in rows if name in row]) for name in _NUMBERS)]
+            found = ([row[name] for row in rows if row.get(name) is not None] for name in _NUMBERS)
+            cells = [*group, len(rows), *map(_cell, found)]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
 _NUMBERS = (
-    "accuracy", "nll", "test_loss", "held_out_loss", "trained_parameters", "cpu_seconds", "wall_seconds",
-    "seconds_to_best", "peak_mib", "artefact_mb",
+    "accuracy", "nll", "tv", "test_loss", "held_out_loss", "trained_parameters", "cpu_seconds", "wall_seconds",
+    "seconds_to_best", "peak_mib", "artefact_mb", "parameters", "specialised_loss", "pruned_loss", "healed_loss",
+    "seconds_per_text", "trained_s",
 )  # fmt: skip
 
 
@@ -308,7 +357,7 @@ def main() -> None:
     """Measure what is not measured yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--stages", nargs="+", choices=("search", "main", "ablation", "workers"), default=["search", "main"]
+        "--stages", nargs="+", choices=("search", "main", "ablation", "workers", "cascade"), default=["search", "main"]
     )
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
     parser.add_argument("--methods", nargs="+", choices=RATES, default=list(RATES))
@@ -334,8 +383,14 @@ def main() -> None:
             row = {"key": cell.key, **measure(cell, data)}
             keep(ROWS, row)
             print({k: row[k] for k in ("held_out_loss", "cpu_seconds", "peak_mib", "accuracy") if k in row}, flush=True)
+            if stage == "main":
+                keep(ROWS, *floors(cell.method, cell.dataset))
+    if "cascade" in asked.stages:
+        for dataset in CASCADED:
+            if dataset in asked.datasets and not any(r["key"][:2] == ["cascade", dataset] for r in rows_of(ROWS)):
+                keep(ROWS, *cascade(dataset, data))
     print(tables())
-    for row in [*effects(), *floors()]:
+    for row in effects():
         print(row)
 
 
