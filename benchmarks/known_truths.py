@@ -34,8 +34,9 @@ from benchmarks.truths import findings, laws
 from evaluation.evaluate import commit, machine
 from evaluation.tv import tv_distance, with_other
 from icl_compiler.backends.backend import Backend
-from icl_compiler.compile import load_tokenizer, named_encoder, new_retriever, zero_shot_program
+from icl_compiler.compile import load_tokenizer, new_retriever, zero_shot_program
 from icl_compiler.data import Dataset
+from icl_compiler.encoders import named_encoder
 from icl_compiler.predictor import PromptedPredictor, open_backend
 from icl_compiler.program import Program, Settings, encode_pool
 from icl_compiler.templates import EncodedTemplate, Template

@@ -56,9 +56,10 @@ from evaluation.reference.trainer import finetune, load_reference
 from icl_compiler.backends.backend import Backend, Progress
 from icl_compiler.calibration.calibrating import calibrate
 from icl_compiler.calibration.held_out import LEAST_PROBABILITY
-from icl_compiler.compile import compile_program, with_base
+from icl_compiler.compile import compile_program
 from icl_compiler.compile_cli import ENOUGH_OTHERS
 from icl_compiler.data import Dataset, load_dataset
+from icl_compiler.encoders import with_base
 from icl_compiler.optimise.levels import DEFAULT_RETRIEVERS, QUERIES, optimise
 from icl_compiler.predictor import Predictions, Predictor, PromptedPredictor, open_backend
 from icl_compiler.program import Program

@@ -25,8 +25,9 @@ from benchmarks.parts.kept import Row, data_folder, keep, rows_of
 from evaluation.evaluate import commit, machine
 from icl_compiler.calibration.vote_choice import best_vote, drawn_rows, losses_of_vote, voters_among
 from icl_compiler.calibration.votes import law_of_votes
-from icl_compiler.compile import compile_program, encoder_of, named_encoder
+from icl_compiler.compile import compile_program
 from icl_compiler.data import Dataset, load_dataset, normalise_text
+from icl_compiler.encoders import encoder_of, named_encoder
 from retrievers.dense import Dense
 from retrievers.encoder import Concatenated
 from retrievers.retriever import Encoder, Resources

@@ -54,8 +54,8 @@ CONTENDERS: dict[str, tuple[str, Callable[[], Path]]] = {
 
 def job(data: Path) -> tuple[list[str], Any, Path]:
     """The job of all contenders on disk; the texts of its pool, and the vectors of pool and queries."""
-    from icl_compiler.compile import named_encoder
     from icl_compiler.data import Dataset, load_dataset
+    from icl_compiler.encoders import named_encoder
     from icl_compiler.models import locate
 
     def rows(part: str, count: int) -> Dataset:
@@ -119,10 +119,11 @@ class Mixture:
 def million() -> dict[str, object]:
     """Prompts from a million rows, one query at a time."""
     from icl_compiler import compile as compiling
+    from icl_compiler import encoders
     from icl_compiler.data import Dataset
 
     mixture = Mixture()
-    compiling.named_encoder = lambda name: mixture  # type: ignore[assignment]  # the table is the encoder
+    encoders.named_encoder = lambda name: mixture  # type: ignore[assignment]  # the table is the encoder
     texts = tuple(f"row {number}" for number in range(MILLION))
     began = time.perf_counter()
     program = compiling.compile_program(

@@ -34,8 +34,9 @@ from evaluation.tv import Sandwich
 from icl_compiler.backends.backend import Backend, Progress
 from icl_compiler.calibration.held_out import log_loss
 from icl_compiler.calibration.law import NO_CALIBRATION
-from icl_compiler.compile import encoder_of, new_retriever, with_pool, without_base, without_rows, zero_shot_program
+from icl_compiler.compile import new_retriever, with_pool, without_rows, zero_shot_program
 from icl_compiler.data import Dataset
+from icl_compiler.encoders import encoder_of, without_base
 from icl_compiler.errors import EvaluationError, ICLError
 from icl_compiler.explanation import written
 from icl_compiler.predictor import Predictions, PromptedPredictor, joined

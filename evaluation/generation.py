@@ -35,8 +35,9 @@ from evaluation.reference.trainer import Reference
 from evaluation.texts import Lengths, TextGap, Written, point_gap, reading_noise, text_gap, write
 from icl_compiler.backends.backend import Backend
 from icl_compiler.calibration.votes import Vote
-from icl_compiler.compile import load_tokenizer, without_base
+from icl_compiler.compile import load_tokenizer
 from icl_compiler.data import Dataset
+from icl_compiler.encoders import without_base
 from icl_compiler.errors import EvaluationError
 from icl_compiler.predictor import PromptedPredictor
 from icl_compiler.program import Program

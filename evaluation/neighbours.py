@@ -13,8 +13,9 @@ import numpy as np
 from icl_compiler.backends.backend import Progress, Usage
 from icl_compiler.calibration.vote_choice import MOST, best_vote, drawn_rows, voters_among
 from icl_compiler.calibration.votes import Vote, Voters, law_of_votes
-from icl_compiler.compile import joint_encoder, new_retriever
+from icl_compiler.compile import new_retriever
 from icl_compiler.data import Dataset, normalise_text
+from icl_compiler.encoders import joint_encoder
 from icl_compiler.predictor import Predictions
 from retrievers.retriever import Retriever
 

@@ -33,8 +33,9 @@ from typing import Any, get_args
 import numpy as np
 
 from icl_compiler.calibration.storage import arrays_of, calibration_from, numbers_of
-from icl_compiler.compile import joint_encoder, load_tokenizer, new_retriever
+from icl_compiler.compile import load_tokenizer, new_retriever
 from icl_compiler.data import Dataset
+from icl_compiler.encoders import joint_encoder
 from icl_compiler.errors import ArtifactError
 from icl_compiler.layouts import Blocks, Expected, Layout
 from icl_compiler.program import Pool, Program, Settings

@@ -6,8 +6,6 @@ coverage.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -15,17 +13,17 @@ from jaxtyping import Int64
 
 from icl_compiler.calibration.law import NO_CALIBRATION, Calibration
 from icl_compiler.data import Dataset
+from icl_compiler.encoders import encoder_of, joint_encoder, reads, with_base
 from icl_compiler.errors import BudgetError, DataError, EnsembleError, RegistryError
 from icl_compiler.layouts import Expected, Layout, computed_tokens, make_blocks
-from icl_compiler.models import cache_folder, locate
+from icl_compiler.models import locate
 from icl_compiler.program import SAME_FOR_ALL, Program, Settings, encode_pool
-from icl_compiler.reading import VECTORS, Reading
+from icl_compiler.reading import Reading
 from icl_compiler.registry import RETRIEVERS, did_you_mean, resolve
 from icl_compiler.reranker import Reranker
 from icl_compiler.selection import Order, joined
 from icl_compiler.templates import EncodedTemplate, Template
 from icl_compiler.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer
-from retrievers.encoder import Concatenated, SentenceEncoder
 from retrievers.retriever import Encoder, Resources, Retriever
 from retrievers.static import Static
 
@@ -123,7 +121,7 @@ def compile_program(
     notify(f"encoding {len(pool_data):,} rows as shots")
     pool = encode_pool(encoded, pool_data)
     reading = None
-    if BASE in _parts(encoder):
+    if reads(encoder):
         notify(f"reading {len(pool_data):,} rows with {model}")
         reading = Reading.fitted_to(pool_data.texts, model, encoded)
     notify(f"indexing them with {retriever}")
@@ -217,7 +215,7 @@ def zero_shot_program(
     encoded = EncodedTemplate.build(template, load_tokenizer(tokenizer_model or model), labels)
     empty = Dataset((), (), "classification" if labels else "generation", "none")
     settings = Settings(model, "minilm", "uniform", 0, 1_000_000, "best-first", 0)
-    index = new_retriever("uniform", encoder=named_encoder("minilm"), seed=0)
+    index = new_retriever("uniform", encoder=joint_encoder("minilm", None), seed=0)
     index.fit(())
     return Program(settings, empty.task, encoded, encode_pool(encoded, empty), index)
 
@@ -302,72 +300,6 @@ def new_retriever(name: str, *, encoder: Encoder, seed: int, trusted: bool = Tru
         raise RegistryError(f"{name!r} is no retriever, it has no {', '.join(lacking)}; see retrievers/retriever.py")
     made: Retriever = found(Resources(seed=seed, encoder=encoder))
     return made
-
-
-BASE = "base"
-"""The part of an encoder's name that stands for the base model."""
-
-
-def with_base(encoder: str) -> str:
-    """The name of an encoder with what the base model makes of a text beside it.
-
-    >>> with_base("minilm"), with_base("minilm+base")
-    ('minilm+base', 'minilm+base')
-    """
-    return encoder if BASE in _parts(encoder) else f"{encoder}+{BASE}"
-
-
-def without_base(encoder: str) -> str:
-    """The name without the base model; that of the usual encoder where nothing else is in it.
-
-    >>> without_base("minilm+base"), without_base("base")
-    ('minilm', 'minilm')
-    """
-    return "+".join(part for part in _parts(encoder) if part != BASE) or "minilm"
-
-
-def _parts(encoder: str) -> list[str]:
-    """The encoders that stand side by side; a folder's name may hold a + of its own."""
-    return [encoder] if Path(encoder).is_dir() else encoder.split("+")
-
-
-def encoder_of(program: Program) -> Encoder:
-    """What a program's retriever compares texts by."""
-    return joint_encoder(program.settings.encoder, program.reading)
-
-
-def joint_encoder(name: str, reading: Reading | None) -> Encoder:
-    """The encoder of this name; `reading` is what `base` stands for in it.
-
-    Raises:
-        ValueError: if it is missing.
-    """
-    parts: list[Encoder] = []
-    for part in _parts(name):
-        if part == BASE and reading is None:
-            raise ValueError(f"the encoder {name!r} reads with the base model, and there is no reading")
-        parts.append(reading if part == BASE and reading is not None else named_encoder(part))
-    if len(parts) == 1:
-        return parts[0]
-    return Concatenated(parts, [float(VECTORS) if part is reading else 1.0 for part in parts])
-
-
-def remember(program: Program, texts: int) -> None:
-    """Have the program's encoders keep the vectors of so many texts in memory at most."""
-    for part in _parts(program.settings.encoder):
-        if part != BASE:
-            named_encoder(part).remembered = texts
-    if program.reading is not None:
-        program.reading.remember(texts)
-
-
-@cache
-def named_encoder(name: str) -> SentenceEncoder:
-    """The encoder `name`, one for all retrievers of this process; its model is loaded on first use.
-
-    What it encodes in a compilation stays in the folder `vectors` of the cache, for the next one.
-    """
-    return SentenceEncoder(lambda: locate(name, kind="encoder"), cache=cache_folder() / "vectors")
 
 
 def load_tokenizer(model: str) -> Tokenizer:

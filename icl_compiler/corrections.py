@@ -14,8 +14,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from icl_compiler.compile import encoder_of, new_retriever, refitted
+from icl_compiler.compile import new_retriever, refitted
 from icl_compiler.data import Dataset, normalise_text
+from icl_compiler.encoders import encoder_of
 from icl_compiler.errors import LabelError
 from icl_compiler.program import Pool, Program, encode_pool
 from icl_compiler.registry import did_you_mean

@@ -18,8 +18,8 @@ from typing import Any
 from icl_compiler.artifact import load_program
 from icl_compiler.backends.label_walk import LabelWalk
 from icl_compiler.backends.vllm_protocol import label_walk
-from icl_compiler.compile import remember
 from icl_compiler.corrections import Corrector, require_label
+from icl_compiler.encoders import remember
 from icl_compiler.errors import ContextLengthError, LabelError, ServingError, TemplateError
 from icl_compiler.feedback import FeedbackStore
 from icl_compiler.program import Program

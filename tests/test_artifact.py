@@ -13,14 +13,14 @@ import pytest
 from hashed_words import HashedWords
 from toys import NASTY, TESTS, customers, in_a_new_process
 
-from icl_compiler import compile as compiling
+from icl_compiler import encoders
 from icl_compiler.artifact import FORMAT, is_artifact, load_program, new_folder, save_program
 from icl_compiler.compile import compile_program
 from icl_compiler.data import Dataset
 from icl_compiler.errors import ArtifactError, RegistryError, TemplateError
 from icl_compiler.registry import RETRIEVERS
 
-REAL_ENCODER = compiling.named_encoder
+REAL_ENCODER = encoders.named_encoder
 QUERIES = ["where is my lost card", "the parcel is late", *NASTY]
 POOL = Dataset(
     (*customers().texts, *NASTY),
@@ -34,7 +34,7 @@ PROGRAMS = {f"{name}-{template}": (name, template) for name in RETRIEVERS for te
 @pytest.fixture(autouse=True, scope="module")
 def encoder_without_a_model():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiling, "named_encoder", lambda name: HashedWords())
+        patch.setattr(encoders, "named_encoder", lambda name: HashedWords())
         yield
 
 
@@ -63,8 +63,8 @@ ELSEWHERE = """
 import json, sys
 from pathlib import Path
 from hashed_words import HashedWords
-from icl_compiler import compile as compiling
-compiling.named_encoder = lambda name: HashedWords()
+from icl_compiler import encoders
+encoders.named_encoder = lambda name: HashedWords()
 from icl_compiler.artifact import load_program, save_program
 from test_artifact import PROGRAMS, program, prompts
 
@@ -114,7 +114,7 @@ save_program(again, Path(sys.argv[2], "program"))
 
 @pytest.mark.models
 def test_real_models_in_a_new_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiling, "named_encoder", REAL_ENCODER)
+    monkeypatch.setattr(encoders, "named_encoder", REAL_ENCODER)
     here, there = tmp_path / "here", tmp_path / "there"
     compiled = compile_program(customers(), template="classify_chat", shots=4, budget=400)
     save_program(compiled, here / "program")

@@ -17,7 +17,7 @@ from hashed_words import HashedWords
 from icl_compiler import models
 from icl_compiler.artifact import write_manifest
 from icl_compiler.cli import main
-from icl_compiler.compile import named_encoder
+from icl_compiler.encoders import named_encoder
 from icl_compiler.registry import resolve
 
 

@@ -14,7 +14,7 @@ from evaluation.evaluate import Answers, evaluate
 from evaluation.measurement import measurements
 from evaluation.reference.trainer import Reference
 from evaluation.sentences import verdict_sentence
-from icl_compiler import compile as compiling
+from icl_compiler import encoders
 from icl_compiler.artifact import load_program, save_program
 from icl_compiler.backends.backend import LabelScores, Usage
 from icl_compiler.backends.echo import EchoBackend
@@ -34,7 +34,7 @@ CALIBRATIONS = [
 
 @pytest.fixture(autouse=True)
 def encoder_without_a_model(monkeypatch):
-    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
+    monkeypatch.setattr(encoders, "named_encoder", lambda name: HashedWords())
 
 
 class Fake(EchoBackend):

@@ -11,7 +11,7 @@ from hashed_words import HashedWords
 from toys import TopEcho, customers
 
 from icl_compiler import compile as compiling
-from icl_compiler import registry
+from icl_compiler import encoders, registry
 from icl_compiler.artifact import load_program, save_program
 from icl_compiler.backends.echo import EchoBackend
 from icl_compiler.calibration.calibrating import calibrate, held_out_of, score_held_out, with_voters
@@ -39,7 +39,7 @@ CALIBRATED = {
 
 @pytest.fixture(autouse=True)
 def encoder_without_a_model(monkeypatch):
-    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
+    monkeypatch.setattr(encoders, "named_encoder", lambda name: HashedWords())
 
 
 def program(retriever="dense", data=None, **settings):

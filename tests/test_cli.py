@@ -24,7 +24,7 @@ from hashed_words import HashedWords
 from tiny_model import save_byte_model
 from toys import in_a_new_process
 
-from icl_compiler import compile as compiling
+from icl_compiler import encoders
 from icl_compiler.artifact import load_program
 from icl_compiler.backends.backend import LabelScores
 from icl_compiler.backends.echo import EchoBackend
@@ -466,7 +466,7 @@ def searched(*arguments: object) -> str:
 
 
 def test_o2_searches_and_tells_what_it_tried(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
+    monkeypatch.setattr(encoders, "named_encoder", lambda name: HashedWords())
     said = searched("-O2", "--retriever", "bm25", "--shots", 2, "--search-queries", 200)
     assert said.startswith("-O2: log-loss on 18 held-out rows of the pool; ")
     assert "race of order, labels and template" in said
@@ -481,7 +481,7 @@ def test_o2_searches_and_tells_what_it_tried(here: Path, monkeypatch: pytest.Mon
 
 
 def test_o3_tries_instructions_too_and_names_what_it_tried(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
+    monkeypatch.setattr(encoders, "named_encoder", lambda name: HashedWords())
     said = searched("-O3", "--retriever", "bm25", "--shots", 2, "--search-queries", 400)
     assert said.startswith("-O3: log-loss on ")
     assert "race of instruction" in said
@@ -489,7 +489,7 @@ def test_o3_tries_instructions_too_and_names_what_it_tried(here: Path, monkeypat
 
 
 def test_several_prompts_for_a_text_are_told_and_predicted(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
+    monkeypatch.setattr(encoders, "named_encoder", lambda name: HashedWords())
     said = searched("-O1", "--retriever", "bm25", "--shots", 2, "--ensembles", 3)
     assert "bm25 retrieval of 3 times up to 2 shots" in said
     assert "the 3 prompts of a text have about " in said
@@ -528,8 +528,8 @@ import torch
 torch.set_num_threads(int(sys.argv[1]))
 from cli_calls import compiled, done, icl, write_rows
 from hashed_words import HashedWords
-from icl_compiler import compile as compiling
-compiling.named_encoder = lambda name: HashedWords()
+from icl_compiler import encoders
+encoders.named_encoder = lambda name: HashedWords()
 from icl_compiler.cli import main
 try:
     main(["compile", *sys.argv[2:], "--json"])

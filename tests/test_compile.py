@@ -8,6 +8,7 @@ from hashed_words import HashedWords
 from toys import customers, plain_template
 
 from icl_compiler import compile as compiling
+from icl_compiler import encoders
 from icl_compiler.compile import (
     compile_program,
     load_tokenizer,
@@ -25,7 +26,7 @@ from icl_compiler.tokenizer import ByteTokenizer, HFTokenizer
 
 @pytest.fixture
 def encoder_without_a_model(monkeypatch):
-    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
+    monkeypatch.setattr(encoders, "named_encoder", lambda name: HashedWords())
 
 
 def compiled(data=None, **settings):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import customers
 
-from icl_compiler import compile as compiling
+from icl_compiler import encoders
 from icl_compiler.compile import compile_program
 from icl_compiler.corrections import Corrector
 from icl_compiler.data import Dataset, normalise_text
@@ -24,7 +24,7 @@ QUERIES = ["the card is late", "my parcel", "refund please", "  THE card is   lo
 
 @pytest.fixture(autouse=True)
 def words_for_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
+    monkeypatch.setattr(encoders, "named_encoder", lambda name: HashedWords())
 
 
 def compiled(data: Dataset, retriever: str = "dense") -> Program:

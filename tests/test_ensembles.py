@@ -6,6 +6,7 @@ from hashed_words import HashedWords
 from toys import CountingEcho, TopEcho, customers
 
 from icl_compiler import compile as compiling
+from icl_compiler import encoders
 from icl_compiler.artifact import load_program, save_program
 from icl_compiler.backends.backend import LabelScores, Usage
 from icl_compiler.backends.echo import EchoBackend
@@ -21,7 +22,7 @@ from icl_compiler.selection import dealt_out
 
 @pytest.fixture(autouse=True)
 def encoder_without_a_model(monkeypatch):
-    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
+    monkeypatch.setattr(encoders, "named_encoder", lambda name: HashedWords())
 
 
 def program(data=None, **settings):

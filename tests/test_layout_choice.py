@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hashed_words import HashedWords
 
-from icl_compiler import compile as compiling
+from icl_compiler import encoders
 from icl_compiler.backends.backend import LabelScores, Usage
 from icl_compiler.backends.echo import EchoBackend
 from icl_compiler.compile import compile_program
@@ -17,7 +17,7 @@ LABELS = ("card", "parcel", "refund")
 
 @pytest.fixture(autouse=True)
 def encoder_without_a_model(monkeypatch):
-    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
+    monkeypatch.setattr(encoders, "named_encoder", lambda name: HashedWords())
 
 
 def searched(backend, queries=1000):

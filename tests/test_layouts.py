@@ -46,7 +46,7 @@ def messages(rows=150, seed=0):
 @pytest.fixture(autouse=True, scope="module")
 def encoder_without_a_model():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("icl_compiler.compile.named_encoder", lambda name: HashedWords())
+        patch.setattr("icl_compiler.encoders.named_encoder", lambda name: HashedWords())
         yield
 
 

@@ -9,7 +9,7 @@ import pytest
 from hashed_words import HashedWords
 from toys import CountingEcho
 
-from icl_compiler import compile as compiling
+from icl_compiler import encoders
 from icl_compiler.artifact import load_program, save_program
 from icl_compiler.backends.backend import Generation, Generations, LabelScores, SequenceScores, Usage
 from icl_compiler.backends.echo import EchoBackend
@@ -30,7 +30,7 @@ LONG = "z" * 20
 
 @pytest.fixture(autouse=True)
 def encoder_without_a_model(monkeypatch):
-    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
+    monkeypatch.setattr(encoders, "named_encoder", lambda name: HashedWords())
 
 
 def letters(rows=120, seed=0):

@@ -30,7 +30,7 @@ every_retriever = pytest.mark.parametrize("retriever", list(RETRIEVERS))
 @pytest.fixture(autouse=True, scope="module")
 def encoder_without_a_model():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("icl_compiler.compile.named_encoder", lambda name: HashedWords())
+        patch.setattr("icl_compiler.encoders.named_encoder", lambda name: HashedWords())
         yield
 
 

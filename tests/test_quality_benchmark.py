@@ -11,7 +11,7 @@ from hashed_words import HashedWords
 from benchmarks import quality
 from benchmarks.peers import asking, environments
 from evaluation.reference.rsr.rsr import RSR
-from icl_compiler import compile as compiling
+from icl_compiler import encoders
 from icl_compiler.backends.backend import Usage
 from icl_compiler.backends.echo import EchoBackend
 from icl_compiler.data import Dataset
@@ -60,7 +60,7 @@ def said(law, texts=20, labels=("card", "parcel")):
 
 @pytest.fixture
 def task(monkeypatch, tmp_path):
-    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
+    monkeypatch.setattr(encoders, "named_encoder", lambda name: HashedWords())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quality, "ROWS", tmp_path / "rows" / "quality.jsonl")
     monkeypatch.setattr(quality, "EACH_QUERY", tmp_path / "rows" / "quality")

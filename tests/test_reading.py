@@ -16,17 +16,18 @@ from transformers import AutoModelForCausalLM
 from benchmarks import reading as benchmark
 from evaluation.evaluate import predictor_of
 from evaluation.neighbours import NeighboursVote
-from icl_compiler import compile as compiling
+from icl_compiler import encoders
 from icl_compiler import reading as reading_module
 from icl_compiler.artifact import load_program, save_program
 from icl_compiler.backends.hf_transformers import TransformersBackend
 from icl_compiler.cli import main
-from icl_compiler.compile import compile_program, encoder_of, with_pool, with_reading
+from icl_compiler.compile import compile_program, with_pool, with_reading
 from icl_compiler.corrections import Corrector
 from icl_compiler.data import Dataset
+from icl_compiler.encoders import encoder_of
 from icl_compiler.errors import ArtifactError, ModelError
-from icl_compiler.optimise import encoders
-from icl_compiler.optimise.encoders import choose_encoder
+from icl_compiler.optimise import encoder_choice
+from icl_compiler.optimise.encoder_choice import choose_encoder
 from icl_compiler.optimise.levels import optimise
 from icl_compiler.reading import MOST_TOKENS, Reading, shortened
 
@@ -40,7 +41,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def no_cache_and_no_real_encoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
+    monkeypatch.setattr(encoders, "named_encoder", lambda name: HashedWords())
     monkeypatch.setenv("ICL_CACHE", str(tmp_path / "cache"))
     reading_module._states.cache_clear()
 
@@ -194,7 +195,7 @@ def first_letters(rows: int = 90) -> Dataset:
 
 
 def test_is_taken_where_neighbours_vote_better_with_it(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "named_encoder", lambda name: Blind())
+    monkeypatch.setattr(encoders, "named_encoder", lambda name: Blind())
     base = program(tiny, first_letters(), encoder="minilm")
     found = optimise(base, TransformersBackend(tiny, "float32"), queries=80, calibrations=["none"])
     assert found.program.settings.encoder == "minilm+base"
@@ -224,7 +225,7 @@ def test_says_why_nothing_is_read(tiny: str, monkeypatch: pytest.MonkeyPatch) ->
     assert few.program is base
     assert f"the pool has {len(base.pool.tokens):,} tokens, and up to 125 are read" in few.told[0]["note"]
     assert "does not tell" in choose_encoder(base, CountingEcho(), queries=10_000).told[0]["note"]
-    monkeypatch.setattr(encoders, "MOST_PARAMETERS", 1000)
+    monkeypatch.setattr(encoder_choice, "MOST_PARAMETERS", 1000)
     assert (
         "parameters, and a query is read by up to 1,000" in choose_encoder(base, backend, queries=9999).told[0]["note"]
     )
@@ -257,7 +258,7 @@ def test_a_model_that_cannot_read_is_refused(tmp_path: Path) -> None:
 
 def test_the_benchmark_takes_the_reading_apart(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "MODEL", tiny)
-    for module in (benchmark, compiling):
+    for module in (benchmark, encoders):
         monkeypatch.setattr(module, "named_encoder", lambda name: Blind())
     letters = first_letters(120)
     pool, queries = letters.take(range(90)), letters.take(range(90, 120))

@@ -20,7 +20,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from sklearn.utils.validation import check_is_fitted, validate_data
 from toys import TopEcho, customers, in_a_new_process, plain_template
 
-from icl_compiler import compile as compiling
+from icl_compiler import encoders
 from icl_compiler.adapters import scikit_learn
 from icl_compiler.adapters.scikit_learn import PromptClassifier
 from icl_compiler.artifact import load_program, save_program
@@ -286,7 +286,7 @@ class Silent(EchoBackend):
 
 @pytest.fixture
 def encoder_without_a_model(monkeypatch):
-    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
+    monkeypatch.setattr(encoders, "named_encoder", lambda name: HashedWords())
 
 
 def telling(rows=60):

@@ -9,7 +9,7 @@ import pytest
 from hashed_words import HashedWords
 from toys import CountingEcho, TopEcho, customers, plain_template
 
-from icl_compiler import compile as compiling
+from icl_compiler import encoders
 from icl_compiler.backends.backend import Usage
 from icl_compiler.backends.echo import EchoBackend
 from icl_compiler.calibration.calibrating import held_out_of, with_voters
@@ -93,7 +93,7 @@ def test_the_risk_told_is_that_of_the_variant():
 
 
 def test_a_variant_is_the_program_that_would_have_been_compiled(monkeypatch):
-    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
+    monkeypatch.setattr(encoders, "named_encoder", lambda name: HashedWords())
     made = variants(customers(), budget=2000)
     for variant in (
         Variant("dense", 3, "best-last", 0, "classify"),
@@ -173,7 +173,7 @@ def pairs():
 
 @pytest.fixture
 def encoder_without_a_model(monkeypatch):
-    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
+    monkeypatch.setattr(encoders, "named_encoder", lambda name: HashedWords())
 
 
 def test_a_variant_is_judged_by_what_it_adds_to_the_neighbours(encoder_without_a_model):

@@ -5,7 +5,7 @@ import pytest
 from hashed_words import HashedWords
 from toys import customers
 
-from icl_compiler import compile as compiling
+from icl_compiler import encoders
 from icl_compiler.artifact import load_program, save_program
 from icl_compiler.backends.backend import LabelScores, Usage
 from icl_compiler.backends.echo import EchoBackend
@@ -21,7 +21,7 @@ FIXED = frozenset({"retriever", "shots", "order", "per_label", "template"})
 
 @pytest.fixture(autouse=True)
 def encoder_without_a_model(monkeypatch):
-    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
+    monkeypatch.setattr(encoders, "named_encoder", lambda name: HashedWords())
 
 
 def numbered(rows=60):

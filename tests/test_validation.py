@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from hashed_words import HashedWords
 from toys import CountingEcho
 
-from icl_compiler import compile as compiling
+from icl_compiler import encoders
 from icl_compiler.artifact import load_program
 from icl_compiler.calibration.calibrating import calibrate, score_held_out
 from icl_compiler.cli import main
@@ -25,7 +25,7 @@ LABELS = ("card", "parcel", "refund")
 
 @pytest.fixture(autouse=True)
 def encoder_without_a_model(monkeypatch):
-    monkeypatch.setattr(compiling, "named_encoder", lambda name: HashedWords())
+    monkeypatch.setattr(encoders, "named_encoder", lambda name: HashedWords())
 
 
 def unclear(labels, start=0):

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from benchmarks.peers.environments import peers_python, selection_python
-from icl_compiler import compile as compiling
+from icl_compiler import encoders
 from icl_compiler.data import Dataset
 from icl_compiler.models import locate
 from icl_compiler.selection import Order, candidates
@@ -62,7 +62,7 @@ def choose(
         CalledProcessError: if the peer fails.
         RuntimeError: if it does not give as many rows of the pool for each text.
     """
-    vectors = compiling.named_encoder(encoder).encode([*pool.texts, *texts])
+    vectors = encoders.named_encoder(encoder).encode([*pool.texts, *texts])
     asked = candidates(shots, len(pool))
     write_job(path, pool, texts, vectors, shots=asked, model=locate(model), method=peer.method, seed=seed)
     found = Choice(**ask(peer.script, peer.python(), path, path.with_suffix(".answer.json")))

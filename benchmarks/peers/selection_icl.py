@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from lookup import Found, Job, Table, run
 
 from icl_compiler import compile as compiling
+from icl_compiler import encoders
 from icl_compiler.data import Dataset
 from icl_compiler.templates import Template
 
@@ -19,7 +20,7 @@ ONE_BY_ONE = Path(sys.argv[2]).stem == "icl-one-by-one"
 
 
 def load(job: Job) -> object:
-    compiling.named_encoder = lambda name: Table(job)
+    encoders.named_encoder = lambda name: Table(job)
     data = Dataset(tuple(job.texts), tuple(job.labels), "classification", "pool")
     plain = Template.from_name("classify")
     program = compiling.compile_program(data, model=job.model, shots=job.shots, budget=8192, template=plain.name)

@@ -30,7 +30,7 @@ from icl_compiler.calibration.choosing import LEAST_QUERIES, fit_and_choose
 from icl_compiler.compile import laid_out, with_calibration
 from icl_compiler.data import Dataset
 from icl_compiler.errors import DataError
-from icl_compiler.optimise.encoders import choose_encoder
+from icl_compiler.optimise.encoder_choice import choose_encoder
 from icl_compiler.optimise.judges import Asker, Judge, LabelJudge, Metric, TargetJudge
 from icl_compiler.optimise.layout_choice import cheapest_layout
 from icl_compiler.optimise.level_three import OF_LEVEL_2, level_3, set_apart

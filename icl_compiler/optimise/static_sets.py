@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from icl_compiler.compile import encoder_of
+from icl_compiler.encoders import encoder_of
 from icl_compiler.optimise.search import Races
 from icl_compiler.optimise.variants import Variant
 from icl_compiler.selection import in_rounds

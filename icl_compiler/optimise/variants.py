@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from icl_compiler.compile import encoder_of, laid_out, new_retriever, with_reranker
+from icl_compiler.compile import laid_out, new_retriever, with_reranker
 from icl_compiler.data import Dataset
+from icl_compiler.encoders import encoder_of
 from icl_compiler.errors import BudgetError
 from icl_compiler.layouts import Layout
 from icl_compiler.program import SAME_FOR_ALL, Pool, Program, encode_pool
