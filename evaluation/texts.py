@@ -136,7 +136,7 @@ def write(
         [drawn.items[place : place + lengths.samples] for place in places],
         greedy.items,
         [answer_text(program.template, item) for item in greedy.items],
-        greedy.usage,
+        greedy.usage.plus(program.reading_cost(texts)),
         seconds,
     )
 

@@ -24,7 +24,8 @@ class Predictions(NamedTuple):
         probabilities: of each label, in the order of `labels`; a row sums to at most 1, the rest is the mass
             of all other continuations ("other"). Lower bounds where `upper` is given: "other" then is an upper bound.
         prompt_tokens: tokens of the prompt of each text; of all its prompts, where there are several.
-        usage: tokens computed and forward passes, over all texts.
+        usage: tokens computed and forward passes, over all texts; tokens that the base model reads so that the nearest
+            rows are found count as computed.
         seconds: wall time, making the prompts included.
         upper: upper bounds on the probabilities, from an engine that gives only its likeliest tokens; else `None`.
         uncalibrated: the same without the program's calibration, where it has one.
@@ -114,7 +115,8 @@ class PromptedPredictor:
         tokens = np.array([sum(len(prompt.tokens) for prompt in prompts) for prompts in sets], dtype=np.int64)
         law = self.program.law([prompts[0] for prompts in sets], scores.logprobs, scores.upper)
         seconds = time.perf_counter() - started
-        said = Predictions(self.labels, law.probabilities, tokens, scores.usage, seconds, law.upper)
+        usage = scores.usage.plus(self.program.reading_cost(texts))
+        said = Predictions(self.labels, law.probabilities, tokens, usage, seconds, law.upper)
         if self.program.calibration.method == "none":
             return said
         return said._replace(uncalibrated=said._replace(probabilities=raw.probabilities, upper=raw.upper))

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32, Int64
 
+from icl_compiler.backends.backend import Usage
 from icl_compiler.calibration.law import NO_CALIBRATION, Calibration, Evidence, Law
 from icl_compiler.calibration.votes import Voters, voters_of
 from icl_compiler.data import Dataset, normalise_text
@@ -130,6 +131,12 @@ class Program:
     def label_words(self) -> list[list[int]]:
         """The tokens of each label word."""
         return self.template.label_words()
+
+    def reading_cost(self, texts: Sequence[str]) -> Usage:
+        """What the base model reads before the prompts of these texts are made; nothing where it is no encoder."""
+        if self.reading is None:
+            return Usage(0, 0, 0)
+        return Usage(0, self.reading.tokens(texts), 0)
 
     def prompts(self, texts: Sequence[str]) -> list[Prompt]:
         """The one prompt for each text.

@@ -84,6 +84,10 @@ class Reading:
         both = (_states(self.model).encode(_keys(self.template, texts)) - self.mean) / self.scale
         return np.hstack([unit(part) for part in np.split(both, VECTORS, axis=1)]) * np.float32(VECTORS**-0.5)
 
+    def tokens(self, texts: "Sequence[str]") -> int:
+        """How many tokens the base model reads for the vectors of these texts, each once."""
+        return sum(len(prompt) for _, prompt in _prompts(self.template, list(dict.fromkeys(texts))))
+
     def remember(self, texts: int) -> None:
         """Keep the states of so many texts in memory at most."""
         _states(self.model).remembered = texts
@@ -111,9 +115,13 @@ def shortened(prompt: TokenIds, most: int = MOST_TOKENS) -> list[int]:
 
 def _keys(template: EncodedTemplate, texts: "Sequence[str]") -> list[str]:
     """The prompts without shots, as texts that a cache knows them by: where the query begins, and the tokens."""
+    return [" ".join(map(str, [begin, *prompt])) for begin, prompt in _prompts(template, texts)]
+
+
+def _prompts(template: EncodedTemplate, texts: "Sequence[str]") -> list[tuple[int, list[int]]]:
+    """The prompts without shots: where the query begins in each, and its tokens."""
     begin = min(len(template.head), MOST_TOKENS // 2)
-    prompts = [shortened([*template.head, *query]) for query in template.queries(texts)]
-    return [" ".join(map(str, [begin, *prompt])) for prompt in prompts]
+    return [(begin, shortened([*template.head, *query])) for query in template.queries(texts)]
 
 
 @cache

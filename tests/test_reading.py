@@ -19,6 +19,8 @@ from evaluation.neighbours import NeighboursVote
 from icl_compiler import encoders
 from icl_compiler import reading as reading_module
 from icl_compiler.artifact import load_program, save_program
+from icl_compiler.backends.backend import Usage
+from icl_compiler.backends.echo import EchoBackend
 from icl_compiler.backends.hf_transformers import TransformersBackend
 from icl_compiler.cli import main
 from icl_compiler.compile import compile_program, with_pool, with_reading
@@ -29,6 +31,7 @@ from icl_compiler.errors import ArtifactError, ModelError
 from icl_compiler.optimise import encoder_choice
 from icl_compiler.optimise.encoder_choice import choose_encoder
 from icl_compiler.optimise.levels import optimise
+from icl_compiler.predictor import PromptedPredictor
 from icl_compiler.reading import MOST_TOKENS, Reading, shortened
 
 QUERIES = ["where is my lost card", "the parcel is late", "x", ""]
@@ -123,6 +126,20 @@ def test_states_are_kept_on_disk_block_by_block(tiny: str, monkeypatch: pytest.M
     reading_module._states.cache_clear()
     np.testing.assert_array_equal(Reading.fitted_to(texts, tiny, template).mean, again.mean)
     assert read == [60, 60, 60, 30]
+
+
+def test_what_is_read_counts_as_computed(tiny: str) -> None:
+    made = program(tiny)
+    texts = [*QUERIES, QUERIES[0]]
+    read = sum(len(made.template.head) + len(query) for query in made.template.queries(QUERIES))  # one of them twice
+    assert made.reading_cost(texts) == Usage(0, read, 0)
+    assert program(tiny, encoder="minilm").reading_cost(texts) == Usage(0, 0, 0)
+    said, prompts = (
+        PromptedPredictor(made, EchoBackend()).predict(texts),
+        [prompt.tokens for prompt in made.prompts(texts)],
+    )
+    assert said.usage == EchoBackend().label_logprobs(prompts, made.label_words).usage.plus(Usage(0, read, 0))
+    assert said.prompt_tokens.tolist() == [len(prompt) for prompt in prompts]
 
 
 @pytest.mark.parametrize("retriever", ["dense", "mmr", "dpp", "hybrid", "votek", "cluster", "bm25"])
