@@ -12,6 +12,7 @@ from evaluation.reference.checkpoint import Checkpoint
 from evaluation.reference.loop import LoopSettings
 from evaluation.reference.method import Fitted, Task, make_method
 from evaluation.reference.objective import AnswerLogits, AnswerLoss, TrainingExample
+from evaluation.reference.rsr import synapses as synapses_module
 from evaluation.reference.rsr.boosting import best_steps, one_sided
 from evaluation.reference.rsr.importance import allocate, probe
 from evaluation.reference.rsr.rsr import RSR
@@ -60,7 +61,11 @@ def backward(model: torch.nn.Module, rows: list[int], frontier: int) -> None:
 
 @pytest.mark.parametrize("frontier", [0, 1])
 @pytest.mark.parametrize("size", [None, 8, 1])
-def test_gradient_of_chosen_units_is_torchs(folder: Path, frontier: int, size: int | None) -> None:
+@pytest.mark.parametrize("step", [1, 1000])  # piece by piece, where few units of each piece move; and whole matrices
+def test_gradient_of_chosen_units_is_torchs(
+    folder: Path, frontier: int, size: int | None, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synapses_module, "_ROWS_STEP", step)
     expected = whole_gradients(folder, [0, 1, 2, 3], frontier).reshape(-1, size or 32)
     model = load(folder)
     synapses = Synapses(model, frontier=frontier, size=size)

@@ -5,8 +5,9 @@
   same size, and the state of any set of units is one array. `size` may be the width (whole rows and columns), a part
   of it, or 1 (single entries).
 - Units are numbered through all matrices; which of them move is a sorted array of numbers.
-- The gradient is computed for the rows in which something moves, gathered for the units that do, and nothing is kept
-  of it otherwise. A pass through the whole gradient, matrix by matrix, is a *probe* (`importance.py`).
+- The gradient is computed for the units that move, those of each piece of the rows in one product, or of a whole matrix
+  where that costs less, and nothing is kept of it otherwise. A pass through the whole gradient, matrix by matrix, is a
+  *probe* (`importance.py`).
 - The matrices themselves hold base + change, rounded to their format; the change is kept in float32 beside them, so
   that steps too small for the format add up.
 """
@@ -214,6 +215,30 @@ class _Touched(NamedTuple):
     change: torch.Tensor
 
 
+class _Grouped(NamedTuple):
+    """The units of a matrix by the piece of the row that they are: those of a piece are one product.
+
+    Attributes:
+        rows: of the units of each piece, as many for each; what is too much is row 0.
+        places: of each unit among them, counted through all pieces.
+    """
+
+    rows: Int[torch.Tensor, "pieces most"]
+    places: Int[torch.Tensor, " units"]
+
+    @classmethod
+    def of(cls, rows: torch.Tensor, pieces: torch.Tensor, count: int) -> "_Grouped":
+        """Units by row and piece, of which there are `count` in a row."""
+        sizes = torch.bincount(pieces, minlength=count)
+        most = -(-int(sizes.max()) // _ROWS_STEP) * _ROWS_STEP
+        order = torch.argsort(pieces, stable=True)
+        place = torch.empty_like(rows)
+        place[order] = torch.arange(len(rows), device=rows.device) - (sizes.cumsum(0) - sizes)[pieces[order]]
+        table = torch.zeros(count, most, dtype=torch.long, device=rows.device)
+        table[pieces, place] = rows
+        return cls(table, pieces * most + place)
+
+
 class _SynapticLinear(nn.Module):
     """A linear layer whose gradient is computed for some of its units only."""
 
@@ -238,16 +263,14 @@ class _SynapticLinear(nn.Module):
     def choose(self, rows: torch.Tensor, blocks: torch.Tensor, gradient: torch.Tensor) -> None:
         """Units by row and block; what their gradients are added to."""
         self._rows, self._blocks, self._gradient = rows, blocks, gradient
-        distinct, self._place = torch.unique(rows, return_inverse=True)
-        self._distinct = nn.functional.pad(distinct, (0, -len(distinct) % _ROWS_STEP))
-        self._columns = blocks[:, None] * self._size + torch.arange(self._size, device=rows.device)
+        self._grouped = _Grouped.of(rows, blocks, self.oriented.shape[1] // self._size)
 
     def read(self) -> torch.Tensor:
-        return self.oriented[self._rows[:, None], self._columns]
+        return self._pieces(self.oriented)[self._rows, self._blocks]
 
     def write(self, values: torch.Tensor) -> None:
         if len(self._rows):
-            self.oriented[self._rows[:, None], self._columns] = values.to(self.weight.dtype)
+            self._pieces(self.oriented)[self._rows, self._blocks] = values.to(self.weight.dtype)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         if not len(self._rows) and self.probe is None:
@@ -262,11 +285,17 @@ class _SynapticLinear(nn.Module):
         if self.probe is not None:
             self.probe((left.T @ right).float())
             return
-        found = left[:, self._distinct].T @ right
-        if self._size == right.shape[-1]:
-            self._gradient += found[self._place]
+        groups = self._grouped
+        if groups.rows.numel() <= len(self.oriented):
+            chosen = left.T.contiguous()[groups.rows]
+            found = torch.bmm(chosen, self._pieces(right).transpose(0, 1))
+            self._gradient += found.flatten(0, 1)[groups.places]
         else:
-            self._gradient += found[self._place[:, None], self._columns]
+            self._gradient += self._pieces(left.T @ right)[self._rows, self._blocks]
+
+    def _pieces(self, oriented: torch.Tensor) -> torch.Tensor:
+        """The same matrix, each row in units: a whole unit is then found by one index, not each of its numbers."""
+        return oriented.view(len(oriented), -1, self._size)
 
 
 class _Product(torch.autograd.Function):
