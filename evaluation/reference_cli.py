@@ -12,6 +12,7 @@ from icl_compiler.command_line import (
     OutputFolder,
     TableName,
     WholeNumber,
+    counted,
     json_option,
     model_option,
     new_bar,
@@ -57,9 +58,14 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--held-out",
-    default=0.1,
+    show_default="0.1",
     type=FiniteNumber(0, 1, min_open=True, max_open=True),
     help="Share of the rows to stop early on, at most 200 rows.",
+)
+@click.option(
+    "--validation",
+    metavar="DATA",
+    help="Other labelled data to stop early on, at most 200 rows, in place of --held-out.",
 )
 @test_option
 @column_options
@@ -77,7 +83,8 @@ def finetune(
     learning_rate: float | None,
     batch_size: int,
     first_layer: int | None,
-    held_out: float,
+    held_out: float | None,
+    validation: str | None,
     test: str | None,
     columns: Columns,
     seed: int,
@@ -101,21 +108,32 @@ def finetune(
     \b
       icl finetune train.csv -o reference
       icl finetune train.csv -o upper --first-layer 28 --examples 500
+      icl finetune train.csv -o reference --validation dev.csv --test test.csv
       icl finetune pairs.csv -o writer --target-column reply --test test.csv
       icl finetune train.csv -o whole --method full --learning-rate 1e-4
     """
     from evaluation.reference.loop import LoopSettings
     from evaluation.reference.method import make_method
+    from evaluation.reference.trainer import HELD_OUT
     from evaluation.reference.trainer import finetune as train_reference
     from icl_compiler.artifact import require_replaceable
 
+    if held_out is not None and validation is not None:
+        raise click.UsageError("--held-out is a share of DATA, and --validation is held out in its place; give one")
     how = make_method(method, method_settings(method, settings, first_layer))
     require_replaceable(output, kind="reference")
     dataset = columns.load(data)
-    warnings = list(dataset.warnings)
+    stopped_on = None if validation is None else columns.load(validation)
+    warnings = [*dataset.warnings, *(() if stopped_on is None else stopped_on.warnings)]
     if test is not None:
         dataset, dropped = columns.without_test(dataset, test)
         warnings += dropped
+        if stopped_on is not None:
+            stopped_on, dropped = columns.apart_from(stopped_on, test)
+            warnings += dropped
+    if stopped_on is not None:
+        dataset, count = dataset.without_texts(stopped_on.texts)
+        warnings += [f"{counted(count, 'row')} of {data} not trained on: in {validation} too"] if count else []
     for warning in warnings:
         say(f"Warning: {warning}")
     if examples is not None:
@@ -130,7 +148,8 @@ def finetune(
             model=model,
             template=template,
             method=how,
-            held_out=held_out,
+            held_out=HELD_OUT if held_out is None else held_out,
+            validation=stopped_on,
             settings=loop,
             report=report,
         )

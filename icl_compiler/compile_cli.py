@@ -276,6 +276,7 @@ def compile_command(
     if from_feedback is not None:
         dataset, corrections = _with_feedback(dataset, from_feedback, output)
     held_out = None if validation is None else columns.load(validation)
+    warnings += () if held_out is None else held_out.warnings
     if test is not None:
         dataset, dropped = columns.without_test(dataset, test)
         warnings += dropped

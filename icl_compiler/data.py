@@ -198,6 +198,29 @@ class Dataset:
         rows = [row for row, text in enumerate(self.texts) if normalise_text(text) not in unwanted]
         return self.take(rows), len(self) - len(rows)
 
+    def require_like(self, task: str, labels: Collection[str], *, of: str) -> None:
+        """Nothing, if these rows are for the task of the data `of`, and all their labels are among `labels`.
+
+        Raises:
+            DataError: if they are for another task.
+            LabelError: if they have other labels.
+
+        >>> data = Dataset(("a", "b"), ("yes", "maybe"), "classification", "dev.csv")
+        >>> data.require_like("classification", ("no", "yes"), of="train.csv")
+        Traceback (most recent call last):
+        icl_compiler.errors.LabelError: dev.csv has the label 'maybe', which train.csv lacks; leave these rows out, or \
+        add some to train.csv
+        """
+        if self.task != task:
+            raise DataError(f"{self.source} is for {self.task}, and {of} for {task}")
+        unknown = sorted(set(self.answers) - set(labels)) if self.task == "classification" else []
+        if unknown:
+            several = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            raise LabelError(
+                f"{self.source} has the label {unknown[0]!r}{several}, which {of} lacks; leave these rows out, or add "
+                f"some to {of}"
+            )
+
     def _strata(self) -> tuple[str, ...]:
         return self.answers if self.task == "classification" else ("",) * len(self)
 

@@ -25,6 +25,7 @@ from icl_compiler.adapters import scikit_learn
 from icl_compiler.adapters.scikit_learn import PromptClassifier
 from icl_compiler.artifact import load_program, save_program
 from icl_compiler.backends.echo import EchoBackend
+from icl_compiler.calibration.calibrating import calibrate
 from icl_compiler.compile import compile_program
 from icl_compiler.data import Dataset
 from icl_compiler.errors import DataError, ICLError, InputError, LabelError
@@ -356,6 +357,32 @@ def test_a_calibration_is_that_of_the_program(encoder_without_a_model, tmp_path)
     assert loaded.get_params()["calibration"] == best.program_.calibration.method
     with pytest.raises(InputError, match="Did you mean 'temperature'"):
         PromptClassifier(**settings, calibration="temperatur").fit(X, y)
+
+
+def test_validation_is_asked_in_place_of_rows(encoder_without_a_model):
+    X, y = telling()
+    others = [text.replace(" x", " z") for text in X]
+    settings = {"model": "echo", "budget": 400, "shots": 4, "retriever": "bm25"}
+    data = Dataset(tuple(X), tuple(map(str, y)), "classification", "X")
+    dev = Dataset(tuple(others), tuple(map(str, y)), "classification", "validation")
+    base = compile_program(data, **settings)
+    found = PromptClassifier(**settings, calibration="bias").fit(X, y, validation=(others, y))
+    expected = calibrate(base, EchoBackend(), candidates=["bias"], validation=dev)[0]
+    said = PromptedPredictor(expected, EchoBackend()).predict(others)
+    assert (found.predict_law(others).probabilities == said.probabilities).all()
+    mostly = ([text for text in others if "card" in text] * 2 + others[1:3], [0] * 40 + y[1:3])
+    assert PromptClassifier(**settings, calibration="bias").fit(X, y, mostly).predict_proba(["what"])[0, 0] > 0.5
+    searched = PromptClassifier(**settings, level=2, search_queries=200).fit(X, y, validation=(others, y))
+    assert searched.trace_[0]["rows_of"] == "the validation data"
+    for wrong, message in (
+        (others, "validation should be a pair, texts and their classes, is a list"),
+        ((others, [7] * 60), "validation has the class 7, which y has not"),
+        ((others, y[:-1]), "inconsistent numbers of samples"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PromptClassifier(**settings, calibration="bias").fit(X, y, validation=wrong)
+    with pytest.raises(InputError, match="level 1 without a calibration holds nothing out"):
+        PromptClassifier(**settings).fit(X, y, validation=(others, y))
 
 
 def test_from_a_folder(tmp_path):

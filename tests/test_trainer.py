@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from tiny_model import save_tiny_model
 from transformers import AutoTokenizer
 
@@ -11,9 +12,10 @@ from evaluation.evaluate import ask_references, evaluate
 from evaluation.reference.full import Full
 from evaluation.reference.loop import LoopSettings
 from evaluation.reference.trainer import finetune, load_reference, same_labels
+from icl_compiler.cli import main
 from icl_compiler.compile import compile_program, load_tokenizer
 from icl_compiler.data import Dataset
-from icl_compiler.errors import ArtifactError, ContextLengthError, EvaluationError, LabelError, TrainingError
+from icl_compiler.errors import ArtifactError, ContextLengthError, DataError, EvaluationError, LabelError, TrainingError
 from icl_compiler.models import locate
 from icl_compiler.predictor import open_backend
 
@@ -150,6 +152,61 @@ def test_bad_training_data(tiny: str, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="is not a reference"):
         finetune(words(40, 1), tmp_path / "mine", model=tiny)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "keep me"
+
+
+def test_other_data_are_stopped_on_in_place_of_a_share(tiny: str, tmp_path: Path) -> None:
+    data, dev = words(60, 1), words(230, 2)
+    both = Dataset((*data.texts, dev.texts[0].upper()), (*data.answers, dev.answers[0]), "classification", "words")
+    asked = {"model": tiny, "method": Full(), "settings": SETTINGS}
+    reference = finetune(both, tmp_path / "r", **asked, validation=dev)
+    facts = json.loads((tmp_path / "r" / "manifest.json").read_text())
+    assert (facts["data"]["rows"], facts["data"]["held_out_rows"]) == (60, 200)
+    assert facts["settings"]["held_out"] == "words"
+    assert reference.trained_on(both.texts).tolist() == [True] * 60 + [False]
+    assert reference.learned_from(dev.texts) == 200
+    wrong = Dataset(dev.texts, tuple({"colour": "animal", "animal": "colour"}[a] for a in dev.answers), dev.task, "dev")
+    with_wrong = finetune(both, tmp_path / "w", **asked, validation=wrong)
+    assert with_wrong.curve[-1].train_loss == reference.curve[-1].train_loss
+    assert with_wrong.curve[-1].held_out_loss > reference.curve[-1].held_out_loss + 0.2
+    few = finetune(data, tmp_path / "f", **asked, validation=dev.take(range(3)))
+    assert few.learned_from(dev.texts) == 3
+
+
+def test_validation_data_that_do_not_suit(tiny: str, tmp_path: Path) -> None:
+    data = words(20, 1)
+    with pytest.raises(LabelError, match=r"dev has the label 'plant', which words lacks"):
+        other = Dataset(("x", "y"), ("colour", "plant"), "classification", "dev")
+        finetune(data, tmp_path / "r", model=tiny, validation=other)
+    with pytest.raises(DataError, match="dev is for generation, and words for classification"):
+        finetune(data, tmp_path / "r", model=tiny, validation=Dataset(("x",), ("y",), "generation", "dev"))
+    with pytest.raises(
+        TrainingError, match="0 rows of words are no rows of words, which has 20; expected some to train"
+    ):
+        finetune(data, tmp_path / "r", model=tiny, validation=data)
+    assert not (tmp_path / "r").exists()
+
+
+def test_validation_from_the_command_line(tiny: str, tmp_path: Path) -> None:
+    def written(name: str, data: Dataset) -> str:
+        lines = [f"{text},{answer}" for text, answer in zip(data.texts, data.answers, strict=True)]
+        (tmp_path / name).write_text("\n".join(["text,label", *lines]))
+        return str(tmp_path / name)
+
+    train, dev = words(40, 1), words(20, 2)
+    more = Dataset((*train.texts, dev.texts[3]), (*train.answers, dev.answers[3]), train.task, "train")
+    paths = [written("train.csv", more), written("dev.csv", dev), written("test.csv", dev.take(range(5)))]
+    arguments = ["finetune", paths[0], "-o", str(tmp_path / "r"), "--model", tiny, "--method", "full", "--epochs", "1"]
+    arguments += ["--validation", paths[1]]
+    refused = CliRunner().invoke(main, [*arguments, "--held-out", "0.2"])
+    assert refused.exit_code == 2
+    assert "--validation is held out in its place; give one" in refused.output
+    done = CliRunner().invoke(main, [*arguments, "--test", paths[2]])
+    assert done.exit_code == 0, done.output
+    assert "5 rows of" in done.stderr and "dev.csv left out: in" in done.stderr
+    facts = json.loads((tmp_path / "r" / "manifest.json").read_text())
+    assert (facts["data"]["rows"], facts["data"]["held_out_rows"]) == (40, 15)
+    done = CliRunner().invoke(main, arguments)
+    assert "1 row of" in done.stderr and "not trained on: in" in done.stderr
 
 
 def test_a_killed_training_goes_on_and_then_leaves_nothing_behind(tiny: str, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_what_does_not_suit_is_refused():
     for ask in (calibrate, optimise):
         with pytest.raises(LabelError, match=r"has the label 'loan' and 1 more, which train\.csv lacks"):
             ask(plain, CountingEcho(), validation=strange)
-    with pytest.raises(DataError, match="is for generation, and the program for classification"):
+    with pytest.raises(DataError, match=r"is for generation, and train\.csv for classification"):
         calibrate(plain, CountingEcho(), validation=Dataset(("a",), ("b",), "generation", "dev.csv"))
     with pytest.raises(CalibrationError, match="9 held-out queries are too few"):
         calibrate(plain, CountingEcho(), validation=mostly_refunds(9))

@@ -33,6 +33,7 @@ from icl_compiler.templates import EncodedTemplate, Template
 _TEXTS = "texts.npz"
 HELD_OUT = 0.1
 """Share of the rows that is held out where nothing else is said."""
+_MOST_HELD_OUT = 200  # rows, which are asked again and again
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ def finetune(
     method: Method | None = None,
     template: str | None = None,
     held_out: float = HELD_OUT,
+    validation: Dataset | None = None,
     settings: LoopSettings | None = None,
     report: Report | None = None,
     checkpoint_every_s: float = 120.0,
@@ -151,10 +153,14 @@ def finetune(
     Args:
         method: one of `method.METHODS`, with its settings; `RSR` by default.
         held_out: share of the rows that is never trained on, for early stopping; at most 200 rows.
+        validation: data of which at most 200 rows are held out, in place of rows of `data`; rows of `data` whose text
+            stands there are not trained on.
         settings: of the loop; by default the method's own learning rate, and else what `LoopSettings` says.
 
     Raises:
         TrainingError: if there is too little data, or the loss is not finite.
+        DataError: if the validation data are for another task.
+        LabelError: if they have labels that `data` lacks.
         ArtifactError: if `folder` is something else than a reference, or cannot be written.
     """
     method = method or RSR()
@@ -163,7 +169,10 @@ def finetune(
     if model == "echo":
         raise TrainingError("the model 'echo' has no weights to train; name a real one with --model")
     require_replaceable(folder, kind="reference")
-    trained, stopped_on = split_for_training(data, held_out, seed=settings.seed)
+    if validation is None:
+        trained, stopped_on = split_for_training(data, held_out, seed=settings.seed)
+    else:
+        trained, stopped_on = _beside(validation, data, labels, seed=settings.seed)
     if labels:
         _require_labels(data, trained)
     text_template = Template.from_name(template or DEFAULT_TEMPLATES[data.task])
@@ -173,6 +182,8 @@ def finetune(
     examples, held_out_examples = training_examples(encoded, trained), training_examples(encoded, stopped_on)
     asked = {"method": name_of(method), **vars(method), "loop": asdict(settings), "model": model}
     asked |= {"data": data.content_hash, "held_out": held_out, "template": text_template.source}
+    if validation is not None:
+        asked |= {"held_out": None, "validation": validation.content_hash}
     target = folder.resolve()
     checkpoint = Checkpoint(target.with_name(f".{target.name}.training"), json.dumps(asked), every_s=checkpoint_every_s)
     task = Task(
@@ -203,7 +214,7 @@ def finetune(
                 "base_model": model,
                 "labels": list(labels),
                 "template": text_template.name,
-                "settings": {**asdict(settings), "held_out": held_out},
+                "settings": {**asdict(settings), "held_out": held_out if validation is None else validation.source},
                 "trained_parameters": fitted.trained_parameters,
                 "data": {"rows": len(trained), "held_out_rows": len(stopped_on), "sha256": data.content_hash},
                 "curve": [check._asdict() for check in fitted.curve],
@@ -220,13 +231,26 @@ def split_for_training(data: Dataset, held_out: float, *, seed: int) -> tuple[Da
     Raises:
         TrainingError: if one of them is empty.
     """
-    rows = min(200, round(len(data) * held_out))
+    rows = min(_MOST_HELD_OUT, round(len(data) * held_out))
     if rows < 1 or rows >= len(data):
         raise TrainingError(
             f"a held-out share of {held_out:g} leaves {rows} of {len(data)} rows to stop on; expected at least one, "
             "and some to train on"
         )
     return data.split(rows, seed=seed)
+
+
+def _beside(validation: Dataset, data: Dataset, labels: Sequence[str], *, seed: int) -> tuple[Dataset, Dataset]:
+    """What of `data` is trained on, and what of `validation` is held out."""
+    validation.require_like(data.task, labels, of=data.source)
+    trained, _ = data.without_texts(validation.texts)
+    if not len(trained) or not len(validation):
+        raise TrainingError(
+            f"{len(trained)} rows of {data.source} are no rows of {validation.source}, which has {len(validation)}; "
+            "expected some to train on, and at least one to stop on"
+        )
+    few = len(validation) <= _MOST_HELD_OUT
+    return trained, validation if few else validation.split(_MOST_HELD_OUT, seed=seed)[1]
 
 
 def load_reference(folder: Path) -> Reference:

@@ -193,23 +193,21 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         made.classes_, made.label_words_, made.program_, made.trace_ = classes, words, program, load_trace(folder)
         return made
 
-    def fit(self, X: Any, y: Any) -> "PromptClassifier":
+    def fit(self, X: Any, y: Any, validation: Any = None) -> "PromptClassifier":
         """Compile a program of texts `X` and classes `y`. Rows that stand twice are taken once.
 
         Args:
             X: texts: a list, a one-dimensional array, a pandas Series.
             y: one class a text.
+            validation: a pair of other texts and their classes, which search and calibration ask in place of rows of
+                `X`: where classes come as often as in use.
 
         Raises:
-            InputError: a `ValueError`, if `X` holds no texts, or `y` fewer than two classes, or two with one word.
+            InputError: a `ValueError`, if `X` holds no texts, or `y` fewer than two classes, or two with one word; if
+                `validation` is no such pair, or has other classes; or if nothing is searched or calibrated with it.
             ICLError: as `compile_program` raises.
         """
-        texts = _texts_of(X)
-        if y is None:
-            raise InputError("PromptClassifier requires y to be passed, but the target y is None")
-        y = column_or_1d(_one_array(y), warn=True)
-        check_consistent_length(texts, y)
-        assert_all_finite(y, input_name="y")
+        texts, y = _rows_of(X, y)
         try:
             check_classification_targets(y)
             classes, codes = np.unique(y, return_inverse=True)
@@ -220,13 +218,13 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         if len(classes) < 2:
             raise InputError(f"y holds one class only, {classes[0]!r}; a classifier needs two or more")
         words = _words_of(classes, self.label_words)
-        rows = list(dict.fromkeys(zip(texts, (words[code] for code in codes), strict=True)))
-        data = Dataset(tuple(text for text, _ in rows), tuple(word for _, word in rows), "classification", "X")
-        program, trace = self._compiled(data)
+        data = _dataset(texts, [words[code] for code in codes], "X")
+        held_out = None if validation is None else _held_out(validation, classes, words)
+        program, trace = self._compiled(data, held_out)
         self.classes_, self.label_words_, self.program_, self.trace_ = classes, words, program, trace
         return self
 
-    def _compiled(self, data: Dataset) -> Optimised:
+    def _compiled(self, data: Dataset, validation: Dataset | None) -> Optimised:
         level = check_scalar(self.level, "level", Integral, min_val=0, max_val=3)
         if self.calibration not in (None, "best", *CALIBRATIONS):
             known = did_you_mean(str(self.calibration), ("best", *CALIBRATIONS))
@@ -254,10 +252,17 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
         )
         wanted = None if self.calibration in (None, "best") else [self.calibration]
         if level < 2 and self.calibration in (None, "none"):
+            if validation is not None:
+                raise InputError(
+                    f"level {level} without a calibration holds nothing out; leave `validation` out, or choose "
+                    "calibration='best' or a level of 2 or 3"
+                )
             return Optimised(program, [])
         with _ONE_AT_A_TIME:
             if level < 2:
-                calibrated, _ = calibrate(program, self._backend(program), candidates=wanted, seed=int(seed))
+                calibrated, _ = calibrate(
+                    program, self._backend(program), candidates=wanted, seed=int(seed), validation=validation
+                )
                 return Optimised(calibrated, [])
             return optimise(
                 program,
@@ -267,6 +272,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  #
                 queries=_count("search_queries", self.search_queries),
                 layouts=bool(self.search_layouts),
                 calibrations=wanted,
+                validation=validation,
             )
 
     def _named(self) -> dict[str, Any]:
@@ -351,6 +357,34 @@ def _texts_of(X: Any) -> list[str]:
         if not isinstance(text, str):
             raise InputError(f"row {row} of X is {kind(text)}, expected a text")
     return [str(text) for text in texts]
+
+
+def _rows_of(X: Any, y: Any) -> tuple[list[str], Any]:
+    """Texts, and as many classes."""
+    texts = _texts_of(X)
+    if y is None:
+        raise InputError("PromptClassifier requires y to be passed, but the target y is None")
+    y = column_or_1d(_one_array(y), warn=True)
+    check_consistent_length(texts, y)
+    assert_all_finite(y, input_name="y")
+    return texts, y
+
+
+def _dataset(texts: list[str], words: list[str], source: str) -> Dataset:
+    """Rows, each once."""
+    rows = list(dict.fromkeys(zip(texts, words, strict=True)))
+    return Dataset(tuple(text for text, _ in rows), tuple(word for _, word in rows), "classification", source)
+
+
+def _held_out(validation: Any, classes: Shaped[np.ndarray, " classes"], words: list[str]) -> Dataset:
+    """The pair `validation`, texts and classes, with the label words of `classes`."""
+    if not isinstance(validation, tuple | list) or len(validation) != 2:
+        raise InputError(f"validation should be a pair, texts and their classes, is {kind(validation)}")
+    texts, y = _rows_of(*validation)
+    word_of = dict(zip(classes.tolist(), words, strict=True))
+    if unknown := [value for value in y.tolist() if value not in word_of]:
+        raise InputError(f"validation has the class {unknown[0]!r}, which y has not")
+    return _dataset(texts, [word_of[value] for value in y.tolist()], "validation")
 
 
 def _one_array(values: Any) -> Any:

@@ -17,7 +17,7 @@ from icl_compiler.calibration.methods import MOST_VOTERS
 from icl_compiler.calibration.votes import Vote, Voters
 from icl_compiler.compile import with_calibration
 from icl_compiler.data import Dataset
-from icl_compiler.errors import DataError, LabelError
+from icl_compiler.errors import LabelError
 from icl_compiler.predictor import Predictor
 from icl_compiler.program import Program, Prompt
 from icl_compiler.registry import CALIBRATIONS
@@ -143,15 +143,7 @@ def held_out_data(program: Program, validation: Dataset | None) -> Dataset:
     """
     if validation is None:
         return program.pool.data
-    if validation.task != program.task:
-        raise DataError(f"{validation.source} is for {validation.task}, and the program for {program.task}")
-    unknown = sorted(set(validation.answers) - set(program.labels))
-    if program.labels and unknown:
-        several = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise LabelError(
-            f"{validation.source} has the label {unknown[0]!r}{several}, which {program.pool.data.source} lacks; "
-            "leave these rows out, or add some to what is compiled"
-        )
+    validation.require_like(program.task, program.labels, of=program.pool.data.source)
     return validation
 
 
