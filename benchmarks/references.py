@@ -19,7 +19,7 @@
 Rows are appended to `benchmarks/rows/references.jsonl`; what stands there is not measured again, so that the command
 can be stopped at any time. `--datasets`, `--methods`, `--variants` and `--seeds` take a part, `--set frontier=10`
 measures RSR with other settings; `--part 0/2` and `--part 1/2`, with OMP_NUM_THREADS=1, share the work. At the end the
-tables of `docs/references.md` are printed.
+tables of `docs/references.md` are printed (`benchmarks/parts/reference_tables.py`).
 """
 
 import argparse
@@ -36,10 +36,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.parts.kept import Row, data_folder, keep, rows_of
+from benchmarks.parts.reference_tables import tables
 from evaluation.evaluate import commit, machine
 from evaluation.intervals import betting
 from evaluation.reference.method import Task
@@ -302,57 +302,6 @@ def cascade(dataset: str, data: Path) -> Iterator[Row]:
         yield {"key": ["cascade", dataset, row["generation"]], **whole, **row, **made}
 
 
-def effects() -> Iterator[Row]:
-    """What each ablation costs in test loss: the mean over rows and seeds, its 95 % interval over rows, each seed's."""
-    rows = {(r["dataset"], r["variant"], r["seed"]): r for r in rows_of(ROWS) if r["stage"] == "ablation"}
-    for name in ("banking77", "subj"):
-        for variant in ABLATIONS:
-            both = [s for s in range(3) if {(name, variant, s), (name, "every part", s)} <= set(rows)]
-            if variant == "every part" or not both:
-                continue
-            pairs = [(rows[name, variant, s]["test_losses"], rows[name, "every part", s]["test_losses"]) for s in both]
-            more = np.array([np.subtract(*pair) for pair in pairs])
-            low, high = stats.ttest_1samp(more.mean(axis=0), 0).confidence_interval(0.95)
-            yield {
-                "dataset": name,
-                "variant": variant,
-                "more_loss": round(float(more.mean()), 3),
-                "interval": [round(float(low), 3), round(float(high), 3)],
-                "seeds": more.mean(axis=1).round(3).tolist(),
-            }
-
-
-def tables() -> str:
-    """What was measured, in Markdown: means over seeds, with the lowest and the highest."""
-    lines = []
-    for stage in ("search", "main", "floor", "ablation", "workers", "cascade"):
-        groups: dict[tuple[object, ...], list[Row]] = {}
-        for row in rows_of(ROWS):
-            if row["stage"] == stage:
-                groups.setdefault((row["dataset"], row["method"], row["variant"], row.get("rate")), []).append(row)
-        columns = ["dataset", "method", "variant", "rate", "seeds", *_NUMBERS]
-        lines += ["", stage, "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-        for group, rows in sorted(groups.items(), key=lambda item: str(item[0])):
-            found = ([row[name] for row in rows if row.get(name) is not None] for name in _NUMBERS)
-            cells = [*group, len(rows), *map(_cell, found)]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
-_NUMBERS = (
-    "accuracy", "nll", "tv", "test_loss", "held_out_loss", "trained_parameters", "cpu_seconds", "wall_seconds",
-    "seconds_to_best", "peak_mib", "artefact_mb", "parameters", "specialised_loss", "pruned_loss", "healed_loss",
-    "seconds_per_text", "trained_s",
-)  # fmt: skip
-
-
-def _cell(values: list[float]) -> str:
-    if not values:
-        return ""
-    mean, spread = np.mean(values), f" [{min(values):.4g}, {max(values):.4g}]" if len(values) > 1 else ""
-    return f"{mean:.4g}{spread}" if mean < 10_000 else f"{mean:,.0f}"
-
-
 def main() -> None:
     """Measure what is not measured yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -389,9 +338,7 @@ def main() -> None:
         for dataset in CASCADED:
             if dataset in asked.datasets and not any(r["key"][:2] == ["cascade", dataset] for r in rows_of(ROWS)):
                 keep(ROWS, *cascade(dataset, data))
-    print(tables())
-    for row in effects():
-        print(row)
+    print(tables(rows_of(ROWS)))
 
 
 if __name__ == "__main__":
