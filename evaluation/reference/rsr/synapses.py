@@ -23,7 +23,7 @@ from torch import nn
 
 from icl_compiler.errors import TrainingError
 
-_ROWS_STEP = 64  # a kernel is made for every new shape of a product
+_ROWS_STEP = 16  # a kernel is made for every new shape of a product
 
 Probe = Callable[[int, torch.Tensor], object]
 """Called in the backward pass with the number of a matrix and its gradient, oriented, in float32."""
