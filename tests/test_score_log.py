@@ -21,7 +21,7 @@ def model():
 
 
 def test_no_prompt_is_asked_twice_not_even_by_another_process(tmp_path, model):
-    path = tmp_path / "log.jsonl"
+    path = tmp_path / "new" / "log.jsonl"  # its folder is made, as that of the program beside it will be
     log = ScoreLog(path)
     assert log.answers("m", [[1], (2,), [1]], model) == [
         [[1.0, float("-inf")]],

@@ -217,12 +217,12 @@ def test_a_killed_training_goes_on_and_then_leaves_nothing_behind(tiny: str, tmp
     asked = {"model": tiny, "method": Full(), "settings": SETTINGS, "checkpoint_every_s": 0.0}
     whole = finetune(words(140, 1), tmp_path / "whole", **asked)
     with pytest.raises(KeyboardInterrupt):
-        finetune(words(140, 1), tmp_path / "r", **asked, report=killed)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".r.training", "whole"]
+        finetune(words(140, 1), tmp_path / "new" / "r", **asked, report=killed)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [".r.training"]
     steps: list[int] = []
-    resumed = finetune(words(140, 1), tmp_path / "r", **asked, report=lambda step, *_: steps.append(step))
+    resumed = finetune(words(140, 1), tmp_path / "new" / "r", **asked, report=lambda step, *_: steps.append(step))
     assert 24 < steps[0] <= 30
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["r", "whole"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["r"]
     assert [(c.step, pytest.approx(c.held_out_loss, rel=1e-3)) for c in resumed.curve] == [
         (c.step, c.held_out_loss) for c in whole.curve
     ]

@@ -51,6 +51,7 @@ class Checkpoint:
         assert self._path is not None
         draft = self._path.with_name(self._path.name + ".new")
         try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)  # the output is written when all is done
             torch.save({"key": self._key, "state": dict(state)}, draft)
             draft.replace(self._path)
         except (OSError, RuntimeError) as error:

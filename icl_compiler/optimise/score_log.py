@@ -54,6 +54,7 @@ class ScoreLog:
         if new:
             found = dict(zip(new, ask(list(new.values())), strict=True))
             if self.path is not None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)  # the program is written when all is done
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(found) + "\n")
             self._kept |= found
