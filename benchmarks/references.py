@@ -72,7 +72,9 @@ ABLATIONS: dict[str, dict[str, str]] = {
     "fixed units": EVERY_PART | {"replaced": "0"},
     "no trails": EVERY_PART | {"trails": "false"},
     "random units": EVERY_PART | {"importance": "random"},
-    "random units, fixed, no trails": {"importance": "random", "replaced": "0", "trails": "false"},
+    "random units, fixed, no trails": {},  # the defaults
+    "random whole rows, fixed, no trails": {"unit": "576"},
+    "random single entries, fixed, no trails": {"unit": "1"},
     "important units, fixed, no trails": {"importance": "agreement", "replaced": "0", "trails": "false"},
     "all above the frontier": EVERY_PART | {"budget": "0.26", "unit": "576"},
     "four modules": EVERY_PART | {"modules": "4"},
