@@ -299,9 +299,19 @@ def cascade(dataset: str, data: Path) -> Iterator[Row]:
     if status := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
         sys.exit(f"it ended with {status}")
     for row in rows_of(folder / "rows.jsonl"):
-        whole = {"stage": "cascade", "dataset": dataset, "method": "rsr", "variant": f"generation {row['generation']}"}
-        made = {"rows": CASCADE_ROWS, "epochs": EPOCHS[dataset], "machine": machine(), "commit": commit()}
-        yield {"key": ["cascade", dataset, row["generation"]], **whole, **row, **made}
+        yield {
+            "key": ["cascade", dataset, row["generation"]],
+            "stage": "cascade",
+            "dataset": dataset,
+            "method": "rsr",
+            "variant": "",
+            **row,
+            "data": dataset,  # not where it lies
+            "rows": CASCADE_ROWS,
+            "epochs": EPOCHS[dataset],
+            "machine": machine(),
+            "commit": commit(),
+        }
 
 
 def main() -> None:
