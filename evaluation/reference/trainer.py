@@ -244,10 +244,12 @@ def _beside(validation: Dataset, data: Dataset, labels: Sequence[str], *, seed: 
     """What of `data` is trained on, and what of `validation` is held out."""
     validation.require_like(data.task, labels, of=data.source)
     trained, _ = data.without_texts(validation.texts)
-    if not len(trained) or not len(validation):
+    if not len(validation):
+        raise TrainingError(f"{validation.source} has no rows to stop on; give at least one, or leave it out")
+    if not len(trained):
         raise TrainingError(
-            f"{len(trained)} rows of {data.source} are no rows of {validation.source}, which has {len(validation)}; "
-            "expected some to train on, and at least one to stop on"
+            f"all {len(data)} rows of {data.source} stand in {validation.source} too, so none is left to train on; "
+            "give other rows to stop on"
         )
     few = len(validation) <= _MOST_HELD_OUT
     return trained, validation if few else validation.split(_MOST_HELD_OUT, seed=seed)[1]
